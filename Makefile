@@ -1,0 +1,82 @@
+# Each target makes what it needs: a virtual environment in .venv, the Rust
+# extension in python/bitnet_rs. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The extension depends on these; maturin and cargo decide what to compile.
+SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
+CORE := python/bitnet_rs/.built
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-rust test-python test-slow lint format bench bench-results wheel clean rust
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+demo: $(CORE)  ## Build, then stream text from the bundled model and say how fast
+	$(BIN)/bitnet-rs generate --stats --seed 4 --max-tokens 120 "Once upon a time there was"
+
+test: test-rust test-python  ## Both test suites: Rust, then Python
+
+test-rust: rust
+	cargo test --locked --quiet
+	@# Again with the fast paths off.
+	BITNET_RS_ISA=generic cargo test --locked --quiet --lib --tests
+	cargo bench --locked --quiet -- --test
+
+test-python: $(CORE)
+	@# The outside oracles on the scalar kernels, then everything on the best.
+	BITNET_RS_ISA=generic $(BIN)/python -m pytest -q tests/test_golden.py -k "not perplexity"
+	$(BIN)/python -m pytest
+
+test-slow: $(CORE)  ## The whole Python suite on each lower instruction set (10 minutes)
+	BITNET_RS_ISA=avx2 $(BIN)/python -m pytest -q
+	BITNET_RS_ISA=generic $(BIN)/python -m pytest -q --timeout 1200
+
+lint: $(CORE)  ## Formatting, clippy, rustdoc, ruff, mypy, stubtest: warnings are errors
+	cargo fmt --check
+	cargo clippy --locked --quiet --all-targets -- -D warnings
+	cargo clippy --locked --quiet --all-targets --features python -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --quiet --no-deps
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest bitnet_rs._core
+
+format:  ## Format all code
+	cargo fmt
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+
+bench: $(CORE)  ## Benchmarks: criterion, then pytest-benchmark
+	cargo bench --locked
+	$(BIN)/python -m pytest benches --benchmark-only
+
+wheel: rust $(BIN)/maturin  ## Build a wheel into dist/
+	$(BIN)/maturin build --release --locked --out dist
+
+clean:  ## Remove what was built
+	rm -rf target $(VENV) dist $(CORE) python/bitnet_rs/*.so
+
+$(CORE): rust $(BIN)/maturin $(SOURCES)
+	@# Where a tool outside has another environment active, maturin must use ours.
+	env -u CONDA_PREFIX VIRTUAL_ENV=$(CURDIR)/$(VENV) PIP_QUIET=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	  $(BIN)/maturin develop --release --locked --quiet
+	@touch $@
+
+$(BIN)/maturin: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "bitnet-rs needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
+	@echo "installing Python packages into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade $$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(" ".join(chr(34) + d + chr(34) for d in p["dependencies"] + p["optional-dependencies"]["dev"]))' | tr -d '"')
+	@touch $@
+
+rust:
+	@command -v cargo >/dev/null || { \
+	  echo "bitnet-rs needs a Rust toolchain (1.89 or newer) to build, and there is no cargo here."; \
+	  echo "Get one from https://rustup.rs, or on Debian 13 and newer: apt-get install cargo"; exit 1; }
+	@command -v cc >/dev/null || { \
+	  echo "Rust needs a C linker, and there is no cc here. On Debian: apt-get install gcc"; exit 1; }

@@ -1,0 +1,136 @@
+"""The Rust core, as Python sees it: two classes and a handful of functions.
+
+Private: the public API is `bitnet_rs`. Only numpy arrays, numbers, strings and
+one plain dict cross this line. Every function that computes releases the GIL.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, Self, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "KvCache",
+    "Model",
+    "__version__",
+    "_absmean",
+    "_exp",
+    "_gemm",
+    "_gemv",
+    "_rms_norm",
+    "build_profile",
+    "cpu_features",
+    "kernels",
+    "read_bandwidth",
+]
+
+__version__: Final[str]
+build_profile: Final[str]
+
+def kernels() -> list[str]:
+    """Names of the kernels this CPU can run, fastest first; the last is scalar.
+
+    `BITNET_RS_ISA` caps the instruction sets that count as present.
+    """
+
+def cpu_features() -> list[str]:
+    """Instruction sets in use by this process, such as `avx2` or `avx512vnni`."""
+
+def read_bandwidth(threads: int, n_bytes: int = ...) -> float:
+    """Measured speed of reading memory with `threads` threads, in GB/s (1e9 bytes)."""
+
+@final
+class Model:
+    """A ternary transformer: immutable after construction, shared freely between threads.
+
+    Args:
+        config: The content of `config.json`.
+        weights: Tensors by canonical name (see `loaders/names.py`), asked for one at a
+            time and each at most once. Ternary matrices: int8 of -1/0/+1, shape
+            (rows, cols), with a float32 scale of shape (1,) under `<name>_scale` that
+            multiplies; or masters (float32, float16, or bfloat16 as uint16) without a scale,
+            quantized here by their absolute mean. Norms: float32, 1-D. Embeddings and head:
+            float32, float16 or bfloat16 as uint16, shape (vocab_size, hidden_size).
+        kernel: A name from `kernels()`; the fastest when None.
+        threads: Threads that compute; all CPUs this process may use when None.
+
+    Raises:
+        KeyError: A tensor is missing.
+        ValueError: The config or a tensor does not fit; the message names it.
+    """
+
+    def __new__(
+        cls,
+        config: Mapping[str, Any],
+        weights: Mapping[str, NDArray[Any]],
+        *,
+        kernel: str | None = None,
+        threads: int | None = None,
+    ) -> Self: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def facts(self) -> dict[str, int | float | str]:
+        """Plain facts about the loaded model.
+
+        Keys: `architecture`, `n_layers`, `hidden_size`, `intermediate_size`, `n_heads`,
+        `n_kv_heads`, `head_dim`, `vocab_size`, `max_positions`, `ternary_params` (weights in
+        ternary matrices), `params` (all), `ternary_bytes` (packed, in memory), `head_bytes`
+        (lm_head rows as read per token), `bytes_per_token` (weights read to decode one token),
+        `packed_bytes` (all weights in memory).
+        """
+
+    def new_cache(self, capacity: int, kv_dtype: Literal["f16", "f32"] = "f16") -> KvCache:
+        """An empty KV cache for up to `capacity` tokens; memory is taken as it fills."""
+
+    def forward(
+        self,
+        batch: Sequence[tuple[NDArray[np.uint32], KvCache]],
+        *,
+        logits: Literal["last", "all"] = "last",
+    ) -> NDArray[np.float32]:
+        """Appends each segment's tokens to its cache and computes logits.
+
+        Args:
+            batch: Segments of (token ids, cache), of any lengths >= 1; a cache may stand in
+                one segment only.
+            logits: One row for the last token of each segment, or one for every token.
+
+        Returns:
+            float32, shape (rows, vocab_size), segments in order.
+
+        Raises:
+            ValueError: A token id out of range, an empty segment, a cache that is full
+                or belongs to another model. No cache is changed.
+            RuntimeError: A cache is in use by another thread, or stands twice in the batch.
+        """
+
+@final
+class KvCache:
+    """Keys and values of one sequence. Safe to share; one `forward` at a time."""
+
+    def __len__(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that `capacity` tokens take."""
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens from `length` on. Longer than the cache: ValueError."""
+
+# One function per op, for tests against _reference.py. Underscored: not API.
+def _gemv(
+    trits: NDArray[np.int8], scale: float, x: NDArray[np.float32], kernel: str
+) -> NDArray[np.float32]: ...
+def _gemm(
+    trits: NDArray[np.int8], scale: float, x: NDArray[np.float32], kernel: str
+) -> NDArray[np.float32]: ...
+def _absmean(w: NDArray[np.float32]) -> tuple[NDArray[np.int8], float]: ...
+def _rms_norm(
+    x: NDArray[np.float32], weight: NDArray[np.float32], eps: float
+) -> NDArray[np.float32]: ...
+def _exp(x: NDArray[np.float32]) -> NDArray[np.float32]: ...

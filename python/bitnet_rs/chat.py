@@ -1,0 +1,132 @@
+"""A conversation with a model: messages, and the KV cache kept between turns.
+
+For users, through `Model.chat`. Apart because it is the only place with memory
+from call to call. Each turn writes the whole conversation with the chat
+template, and computes only the tokens that the cache does not hold already:
+whatever is done to `messages` in between, the answer is the one that a fresh
+start would give.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Unpack
+
+from bitnet_rs.completion import Reply, Stream, run
+from bitnet_rs.engine import Engine, Running
+
+if TYPE_CHECKING:
+    from bitnet_rs import _core
+    from bitnet_rs.model import Model, Options
+
+
+class Chat:
+    """A conversation. For one thread at a time; the model itself can serve many chats.
+
+    Args:
+        model: The model to talk to.
+        system: An instruction to put first, as the system message.
+
+    Attributes:
+        messages: The conversation so far: dicts with `role` and `content`. It may be edited
+            between turns.
+
+    Raises:
+        ValueError: The checkpoint has no chat template, or a broken one.
+    """
+
+    def __init__(self, model: Model, system: str | None = None) -> None:
+        model.tokenizer.check_chat_template()
+        self._model = model
+        self.messages: list[dict[str, Any]] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+        self._cache: _core.KvCache | None = None
+        # Whose tokens the cache holds: the first len(cache) of its ids.
+        self._written: Running | None = None
+        # Weak, so that a stream that is dropped halfway ends there and then.
+        self._open: weakref.ref[Stream] | None = None
+
+    def __repr__(self) -> str:
+        return f"Chat({self._model.name!r}, {len(self.messages)} messages)"
+
+    def send(self, text: str, **options: Unpack[Options]) -> str:
+        """Says something and returns the whole answer.
+
+        Args:
+            text: What the user says.
+            **options: As `Model.complete`; without `max_tokens`, the answer may be as long as
+                the checkpoint says, else as fits the context.
+
+        Raises:
+            ValueError: `text` is empty, an option is out of range, or the conversation does not
+                fit the context any more. `messages` are as before.
+        """
+        return "".join(self.stream(text, **options))
+
+    def stream(self, text: str, **options: Unpack[Options]) -> Stream:
+        """Says something and returns the answer in pieces, as `Model.stream`.
+
+        Both sides join `messages` when the first piece is asked for, and the answer grows there.
+        Closing the stream, or Ctrl-C, ends the turn: what was said so far stays as the answer. If
+        nothing was said yet, the turn is taken back.
+
+        Raises:
+            ValueError: As `send`; raised here, not at the first piece.
+        """
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"text is {text!r}; wanted a str that is not empty")
+        self._end_turn()
+        model = self._model
+        user = {"role": "user", "content": text}
+        prompt = model.tokenizer.apply_chat_template([*self.messages, user])
+        # The template writes BOS itself.
+        ids = model.check_ids(model.encode(prompt, add_special_tokens=False), "the conversation")
+        settings = model.settings(**options)
+        request = model.request(
+            ids,
+            settings,
+            name="the conversation",
+            cure="start over with clear(), or take old turns out of `messages`",
+            default_max_tokens=None,
+        )
+        engine = Engine(model.core, kv_dtype=model.kv_dtype)
+        if self._cache is None:
+            self._cache = model.new_cache()
+        written = None if self._written is None else self._written.ids
+        sequence = engine.add(request, cache=self._cache, cached=written)
+        self._written = sequence
+        reply = Reply(sequence, model.tokenizer, settings.stop)
+        stream = Stream(self._turn(engine, reply, user), reply)
+        self._open = weakref.ref(stream)
+        return stream
+
+    def clear(self) -> None:
+        """Starts over: forgets all messages but a system message at the front."""
+        self._end_turn()
+        first = self.messages[:1]
+        self.messages = first if first and first[0]["role"] == "system" else []
+
+    def _end_turn(self) -> None:
+        """Closes the stream of the last turn, if it is still open."""
+        stream = self._open() if self._open is not None else None
+        if stream is not None:
+            stream.close()
+
+    def _turn(
+        self, engine: Engine, reply: Reply, user: dict[str, Any]
+    ) -> Generator[str, None, None]:
+        answer = {"role": "assistant", "content": ""}
+        self.messages += [user, answer]
+        pieces = run(engine, [reply])
+        try:
+            for _, piece in pieces:
+                answer["content"] += piece
+                yield piece
+        finally:
+            pieces.close()
+            cut_short = reply.finish_reason in (None, "cancelled")
+            untouched = [id(m) for m in self.messages[-2:]] == [id(user), id(answer)]
+            if cut_short and not answer["content"] and untouched:
+                del self.messages[-2:]

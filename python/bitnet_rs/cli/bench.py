@@ -1,0 +1,97 @@
+"""`bitnet-rs bench`: tokens per second, and how much of the memory's speed that is.
+
+For people who compare machines, kernels and thread counts. `--synthetic` needs no
+checkpoint: random ternary weights in a known shape run as fast as trained ones.
+"""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from bitnet_rs.cli import common
+
+if TYPE_CHECKING:
+    from bitnet_rs.bench import BenchReport
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Folder, hub id, or demo. [default: demo]"),
+    ] = None,
+    synthetic: Annotated[
+        Literal["2b-4t", "3b", "8b", "tiny"] | None,
+        typer.Option("--synthetic", help="Random weights in the shape of a known model."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option("--prompt-tokens", "-p", min=1, help="512, or what the context has room for."),
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option("--new-tokens", "-n", min=1, help="64, or less if the context is short."),
+    ] = None,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", min=1, help="Runs; the median counts.")
+    ] = 3,
+    json: common.Json = False,
+    threads: common.Threads = None,
+    kernel: common.Kernel = "auto",
+    kv_dtype: common.KvDtype = "f16",
+    revision: common.Revision = None,
+) -> None:
+    """Measure prefill and decode speed."""
+    if model is not None and synthetic is not None:
+        raise typer.BadParameter("--synthetic stands instead of MODEL; leave one of them out.")
+    import bitnet_rs
+    from bitnet_rs import bench as bencher
+
+    with common.Progress() as progress:
+        if synthetic is None:
+            loaded = bitnet_rs.load(
+                model or "demo", threads=threads, kernel=kernel, revision=revision
+            )
+            name, core = loaded.name, loaded.core
+        else:
+            from bitnet_rs.synthetic import synthetic as make
+
+            progress(f"making random weights in the shape of {synthetic}")
+            defaults = bitnet_rs.info()
+            name = f"synthetic {synthetic}"
+            core = make(synthetic).build(
+                kernel=defaults.kernel if kernel == "auto" else kernel,
+                threads=threads or defaults.threads,
+            )
+        report = bencher.run(
+            core,
+            name=name,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repetitions=repetitions,
+            kv_dtype=kv_dtype,
+            on_progress=progress,
+        )
+    if json:
+        common.print_json(report.to_dict())
+    else:
+        _print(report)
+
+
+def _print(report: "BenchReport") -> None:
+    peak = report.peak_rss_bytes
+    common.print_table(
+        {
+            "model": f"{report.model}, {report.params / 1e6:,.1f} M parameters, "
+            f"{report.packed_bytes / 1e6:,.1f} MB in memory",
+            "machine": f"{report.cpu}; {report.kernel}, {report.threads} threads, "
+            f"bitnet-rs {report.version} ({report.build_profile} build)",
+            "prefill": f"{report.prefill_tokens_per_s:,.1f} tokens/s  "
+            f"({report.prompt_tokens} tokens)",
+            "decode": f"{report.decode_tokens_per_s:,.1f} tokens/s  ({report.new_tokens} tokens, "
+            f"after the prompt, kv cache in {report.kv_dtype})",
+            "reading": f"{report.read_gb_per_s:,.1f} GB/s of weights while decoding "
+            f"({report.bytes_per_token / 1e6:,.1f} MB a token): {report.read_percent:.0f} % of the "
+            f"{report.memory_read_gb_per_s:,.1f} GB/s that memory gave",
+            "peak memory": f"{peak / 1e6:,.0f} MB" if peak else "not known on this system",
+        }
+    )

@@ -1,0 +1,166 @@
+"""What several commands share: options and small printing.
+
+For the commands beside it. Each option is written down once, so that it has one name,
+one range and one help text everywhere. A value out of range is wrong usage (exit code
+2) and never reaches a model.
+"""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import typer
+
+from bitnet_rs import _core
+
+if TYPE_CHECKING:
+    from bitnet_rs import Timings, Usage
+
+
+def _known_kernel(name: str) -> str:
+    known = ("auto", *_core.kernels())
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is none of those this CPU can run: {', '.join(known)}.")
+    return name
+
+
+def _above_zero(value: float | None) -> float | None:
+    # typer's `min` cannot leave out the bound itself.
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value} is not above 0.")
+    return value
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or demo.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        "-t",
+        min=1,
+        help="Threads that compute. Else BITNET_RS_THREADS, else one per physical core.",
+    ),
+]
+Kernel = Annotated[
+    str,
+    typer.Option(
+        "--kernel",
+        callback=_known_kernel,
+        help="Kernel, one of those that `info` lists. auto: BITNET_RS_KERNEL, else the fastest.",
+    ),
+]
+KvDtype = Annotated[
+    Literal["f16", "f32"],
+    typer.Option("--kv-dtype", help="Type of cached keys and values."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        help="Most tokens of prompt and answer together. Else what the model was trained for.",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", help="Branch, tag or commit of a hub id."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Stats = Annotated[
+    bool, typer.Option("--stats/--no-stats", help="Report the speed on stderr.", show_default=False)
+]
+
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", "-n", min=1, help="Most tokens to write."),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="0 is greedy; higher is more random."),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=0, help="Keep the k most probable tokens; 0: all."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        max=1.0,
+        callback=_above_zero,
+        help="Keep the most probable tokens that together reach this; 1: all.",
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Drop tokens below this share of the best one's probability; 0: none.",
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        callback=_above_zero, help="Above 1, tokens that occurred already become less probable."
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, help="The same seed gives the same text."),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End before this string; may be given several times."),
+]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after stop tokens.")]
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Prints one object on stdout."""
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def print_table(rows: dict[str, str]) -> None:
+    """Prints names and values in two columns."""
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def print_stats(usage: "Usage", timings: "Timings", finish_reason: str) -> None:
+    """Says on stderr how fast a completion was."""
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    print(
+        f"prefill: {usage.prompt_tokens} tokens{cached}, "
+        f"{timings.prefill_tokens_per_s:.1f} tokens/s | "
+        f"decode: {usage.completion_tokens} tokens, {timings.decode_tokens_per_s:.1f} tokens/s | "
+        f"finish: {finish_reason}",
+        file=sys.stderr,
+    )
+
+
+class Progress:
+    """One line on stderr that is written over again and again; silent where nobody looks.
+
+    Use it in a `with` statement: the line is wiped at the end.
+    """
+
+    def __init__(self) -> None:
+        self._visible = sys.stderr.isatty()
+
+    def __call__(self, line: str) -> None:
+        """Shows a line instead of the one before."""
+        if self._visible:
+            # Carriage return, then "erase to the end of the line".
+            print(f"\r\x1b[K{line} ...", end="", file=sys.stderr, flush=True)
+
+    def wipe(self) -> None:
+        """Leaves an empty line, for something else to be printed there."""
+        if self._visible:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wipe()

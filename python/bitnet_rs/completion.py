@@ -1,0 +1,267 @@
+"""What a generation gives back: text as it comes, and the finished completion.
+
+For `model.py` and `chat.py`, which share it. Apart because it is the one place
+where the engine's tokens become text: streaming decode, stop strings, and the
+held-back text that may still turn out to be one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from bitnet_rs.engine import Engine, Event, FinishReason, Running
+
+if TYPE_CHECKING:
+    from bitnet_rs.sampling import Logprobs
+    from bitnet_rs.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token and its natural-log probability, under the model's own distribution.
+
+    Attributes:
+        token: The id.
+        text: Its text; U+FFFD where the token is only part of a character.
+        logprob: Before temperature, penalties and the other sampling parameters.
+        top: The most probable tokens at this step, most probable first; empty in these themselves.
+    """
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a completion took.
+
+    Attributes:
+        prompt_tokens: Length of the prompt, BOS included.
+        completion_tokens: Tokens generated, without the stop token.
+        cached_tokens: Prompt tokens that did not need computing again (in a chat).
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion together."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """How long a completion took. In a batch, the others' share of the steps is included.
+
+    Attributes:
+        prefill_s: Seconds from the start to the first token.
+        decode_s: Seconds from the first token to the end.
+        prefill_tokens_per_s: Prompt tokens computed per second; 0 where nothing was.
+        decode_tokens_per_s: Tokens after the first, per second; 0 where there were none.
+    """
+
+    prefill_s: float
+    decode_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished generation.
+
+    Attributes:
+        text: What was generated, without special tokens, ending before a stop string.
+        tokens: Ids of all tokens generated, those of a stop string included, a stop token not.
+        logprobs: One entry for each of `tokens`, if they were asked for.
+        finish_reason: `stop` (a stop token or a stop string), `length` (`max_tokens` or the end
+            of the context), or `cancelled` (the stream was closed).
+        usage: Tokens counted.
+        timings: Seconds and speeds.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Reply:
+    """The text of one running sequence.
+
+    Args:
+        sequence: The one, as the engine runs it.
+        tokenizer: For its text.
+        stop: Strings that end the text, none of them empty.
+    """
+
+    def __init__(self, sequence: Running, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.sequence = sequence
+        self.finish_reason: FinishReason | None = None
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.stream_decoder()
+        self._stop = tuple(stop)
+        self._held = ""  # decoded, but possibly the beginning of a stop string
+        self._pieces: list[str] = []
+        self._logprobs: list[Logprobs] = []
+
+    def take(self, event: Event) -> str:
+        """Takes an event of this sequence; returns the text that is certain by now, maybe ""."""
+        if event.token is not None:
+            self._held += self._decoder.push(event.token)
+            if event.logprobs is not None:
+                self._logprobs.append(event.logprobs)
+        if event.finish_reason is not None:
+            self._held += self._decoder.flush()
+            self.finish_reason = event.finish_reason
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.finish_reason = "stop"
+            piece = self._held[: min(found)]
+        elif self.finish_reason is not None:
+            piece = self._held
+        else:
+            piece = self._held[: len(self._held) - self._undecided()]
+        self._held = "" if self.finish_reason else self._held[len(piece) :]
+        if piece:
+            self._pieces.append(piece)
+        return piece
+
+    def _undecided(self) -> int:
+        """Length of the longest end of the held text that is the beginning of a stop string."""
+        longest = max(map(len, self._stop), default=0)
+        for length in range(min(longest - 1, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
+
+    def completion(self) -> Completion:
+        """The finished generation; an unfinished one counts as cancelled."""
+        sequence = self.sequence
+        n_prompt = len(sequence.request.prompt)
+        return Completion(
+            text=self.text,
+            tokens=sequence.tokens,
+            logprobs=self._token_logprobs(),
+            finish_reason=self.finish_reason or "cancelled",
+            usage=Usage(n_prompt, sequence.n_generated, sequence.n_cached),
+            timings=_timings(sequence),
+        )
+
+    def _token_logprobs(self) -> list[TokenLogprob] | None:
+        if self.sequence.request.logprobs is None:
+            return None
+        text = self._tokenizer.token_text
+        return [
+            TokenLogprob(
+                token,
+                text(token),
+                step.logprob,
+                tuple(TokenLogprob(i, text(i), logprob) for i, logprob in step.top),
+            )
+            # Ctrl-C can land after a token was chosen and before its event was taken.
+            for token, step in zip(self.sequence.tokens, self._logprobs, strict=False)
+        ]
+
+
+def _timings(sequence: Running) -> Timings:
+    start = sequence.started or 0.0
+    end = sequence.finished or start
+    first = sequence.first_token or end
+    prefill_s, decode_s = first - start, end - first
+    computed = len(sequence.request.prompt) - sequence.n_cached if sequence.first_token else 0
+    decoded = max(0, sequence.n_generated - 1)
+    return Timings(
+        prefill_s,
+        decode_s,
+        computed / prefill_s if prefill_s > 0 else 0.0,
+        decoded / decode_s if decode_s > 0 else 0.0,
+    )
+
+
+def run(engine: Engine, replies: Sequence[Reply]) -> Generator[tuple[Reply, str], None, None]:
+    """Runs the engine until its sequences are done, with each reply's text as it comes.
+
+    Closing the generator cancels what is unfinished, at once: nothing computes between steps.
+    """
+    of = {id(reply.sequence): reply for reply in replies}
+    try:
+        while engine.busy:
+            for event in engine.step():
+                reply = of[id(event.sequence)]
+                if reply.finish_reason is not None:
+                    continue
+                piece = reply.take(event)
+                if reply.finish_reason is not None:
+                    engine.finish(event.sequence, reply.finish_reason)
+                if piece:
+                    yield reply, piece
+    finally:
+        engine.close()
+
+
+class Stream(Iterator[str]):
+    """Pieces of text as they are generated. Closing it cancels the generation.
+
+    A piece is never empty and never ends inside a character. Use it in a `for` loop; where the
+    loop may be left early, in a `with` block, too, so that the generation ends there and then.
+    """
+
+    def __init__(self, pieces: Generator[str, None, None], reply: Reply) -> None:
+        self._pieces = pieces
+        self._reply = reply
+        self._over = False
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except BaseException:
+            # The end, an error or Ctrl-C: a generator that raised does not go on.
+            self._over = True
+            raise
+
+    def close(self) -> None:
+        """Cancels the generation, if it still runs, and frees its cache."""
+        self._pieces.close()
+        self._over = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def completion(self) -> Completion:
+        """The whole completion, once the stream has ended or was closed.
+
+        Raises:
+            RuntimeError: It is still running.
+        """
+        if not self._over:
+            raise RuntimeError(
+                "the stream has not ended; take all its pieces, or close() it, before `completion`"
+            )
+        return self._reply.completion()

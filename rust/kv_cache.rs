@@ -1,0 +1,301 @@
+//! Keys and values of one sequence: storage, append, truncate. No attention
+//! maths, but the layout is made for it.
+//!
+//! For each layer and key/value head there are pages of 128 positions:
+//!
+//! - keys in groups of 16 positions, transposed: `[group][head_dim][16]`, so
+//!   that the lanes of a register are keys;
+//! - values by position: `[position][width]`, where `width` is `head_dim`
+//!   rounded up to 16 with zeros, so that the lanes are dimensions.
+//!
+//! Rounded to the cache's type when written; prefill and decode both read
+//! them from here, so they see the same numbers. Float16 saturates at +-65504
+//! instead of becoming infinite. Pages are added as they are needed: a cache
+//! costs what it holds, and running out of memory is an error like any other.
+
+use std::collections::TryReserveError;
+
+use crate::error::{Error, invalid};
+use crate::floats::{F16, LANES};
+use crate::ops::lanes::Load;
+
+/// Positions of a page, which is also a block of the attention's softmax.
+pub(crate) const PAGE: usize = 128;
+
+/// Type of the stored keys and values.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum KvDtype {
+    /// float16: half the memory and half the reading, the default.
+    F16,
+    /// float32, for comparison with outside oracles.
+    F32,
+}
+
+impl KvDtype {
+    fn n_bytes(self) -> usize {
+        match self {
+            KvDtype::F16 => 2,
+            KvDtype::F32 => 4,
+        }
+    }
+
+    /// From its name, `"f16"` or `"f32"`.
+    ///
+    /// # Errors
+    /// Any other name.
+    pub fn from_name(name: &str) -> Result<Self, Error> {
+        match name {
+            "f16" => Ok(KvDtype::F16),
+            "f32" => Ok(KvDtype::F32),
+            _ => Err(invalid!("kv_dtype is {name:?}; wanted \"f16\" or \"f32\"")),
+        }
+    }
+}
+
+/// What a cache holds for each position; part of a model.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct KvShape {
+    /// Layers.
+    pub n_layers: usize,
+    /// Key/value heads of a layer.
+    pub n_kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+}
+
+impl KvShape {
+    /// `head_dim` rounded up to whole registers.
+    fn width(self) -> usize {
+        self.head_dim.next_multiple_of(LANES)
+    }
+}
+
+/// Keys and values of one head in one layer, by pages.
+pub(crate) struct HeadKv<E> {
+    pages: Vec<Page<E>>,
+}
+
+/// Keys and values of [`PAGE`] positions.
+pub(crate) struct Page<E> {
+    pub(crate) keys: Vec<[E; LANES]>,
+    pub(crate) values: Vec<[E; LANES]>,
+}
+
+/// A type that keys and values are rounded to.
+pub(crate) trait KvElement: Load {
+    /// Rounds half to even; saturates.
+    fn from_f32(x: f32) -> Self;
+}
+
+impl KvElement for f32 {
+    #[inline(always)]
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+}
+
+impl KvElement for F16 {
+    fn from_f32(x: f32) -> Self {
+        F16(half::f16::from_f32(x.clamp(-65504.0, 65504.0)).to_bits())
+    }
+}
+
+impl<E: KvElement> HeadKv<E> {
+    /// The page of positions `PAGE * index` and on.
+    pub(crate) fn page(&self, index: usize) -> &Page<E> {
+        &self.pages[index]
+    }
+
+    /// Adds pages until `positions` fit.
+    fn reserve(&mut self, shape: KvShape, positions: usize) -> Result<(), TryReserveError> {
+        while self.pages.len() * PAGE < positions {
+            let keys = zeroed(PAGE / LANES * shape.head_dim)?;
+            let values = zeroed(PAGE / LANES * shape.width())?;
+            self.pages.try_reserve(1)?;
+            self.pages.push(Page { keys, values });
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, position: usize, key: &[f32], value: &[f32]) {
+        let page = &mut self.pages[position / PAGE];
+        let position = position % PAGE;
+        let head_dim = key.len();
+        let group = &mut page.keys[position / LANES * head_dim..][..head_dim];
+        for (lanes, &k) in group.iter_mut().zip(key) {
+            lanes[position % LANES] = E::from_f32(k);
+        }
+        let width = head_dim.div_ceil(LANES);
+        let row = page.values[position * width..][..width].as_flattened_mut();
+        for (slot, &v) in row.iter_mut().zip(value) {
+            *slot = E::from_f32(v);
+        }
+    }
+}
+
+fn zeroed<E: KvElement>(len: usize) -> Result<Vec<[E; LANES]>, TryReserveError> {
+    let mut v = Vec::new();
+    v.try_reserve_exact(len)?;
+    v.resize(len, [E::default(); LANES]);
+    Ok(v)
+}
+
+/// The heads of all layers, layer by layer.
+pub(crate) enum Storage {
+    F16(Vec<HeadKv<F16>>),
+    F32(Vec<HeadKv<f32>>),
+}
+
+/// Keys and values of one sequence.
+pub struct KvCache {
+    shape: KvShape,
+    capacity: usize,
+    length: usize,
+    n_bytes: usize,
+    storage: Storage,
+}
+
+impl KvCache {
+    /// An empty cache for up to `capacity` positions.
+    ///
+    /// # Errors
+    /// No capacity, or more than can be addressed.
+    pub fn new(shape: KvShape, capacity: usize, dtype: KvDtype) -> Result<Self, Error> {
+        let n_bytes = capacity
+            .checked_next_multiple_of(PAGE)
+            .and_then(|positions| positions.checked_mul(shape.n_layers * shape.n_kv_heads))
+            .and_then(|n| n.checked_mul((shape.head_dim + shape.width()) * dtype.n_bytes()))
+            .filter(|_| capacity > 0)
+            .ok_or_else(|| {
+                invalid!("a cache capacity of {capacity}; wanted 1 to what can be addressed")
+            })?;
+        let heads = shape.n_layers * shape.n_kv_heads;
+        let storage = match dtype {
+            KvDtype::F16 => Storage::F16((0..heads).map(|_| HeadKv { pages: vec![] }).collect()),
+            KvDtype::F32 => Storage::F32((0..heads).map(|_| HeadKv { pages: vec![] }).collect()),
+        };
+        Ok(Self { shape, capacity, length: 0, n_bytes, storage })
+    }
+
+    /// Tokens held.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether no token is held.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// Tokens that fit.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// What it holds for each position.
+    #[must_use]
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// Bytes that a full cache takes.
+    #[must_use]
+    pub fn n_bytes(&self) -> usize {
+        self.n_bytes
+    }
+
+    /// Forgets the tokens from `length` on.
+    ///
+    /// # Errors
+    /// `length` is more than there are.
+    pub fn truncate(&mut self, length: usize) -> Result<(), Error> {
+        if length > self.length {
+            return Err(invalid!("cannot truncate {} tokens to {length}", self.length));
+        }
+        self.length = length;
+        Ok(())
+    }
+
+    /// Takes the memory for `n` more tokens.
+    ///
+    /// # Errors
+    /// The capacity is exceeded, or there is no memory.
+    pub(crate) fn reserve(&mut self, n: usize) -> Result<(), Error> {
+        let room = self.capacity - self.length;
+        if n > room {
+            return Err(invalid!(
+                "{n} tokens for a cache that holds {} of {}: room for {room}",
+                self.length,
+                self.capacity
+            ));
+        }
+        let (shape, positions) = (self.shape, self.length + n);
+        match &mut self.storage {
+            Storage::F16(heads) => heads.iter_mut().try_for_each(|h| h.reserve(shape, positions)),
+            Storage::F32(heads) => heads.iter_mut().try_for_each(|h| h.reserve(shape, positions)),
+        }
+        .map_err(|_| Error::State(format!("no memory for keys and values of {positions} tokens")))
+    }
+
+    /// Writes the keys and values of consecutive tokens of one layer from
+    /// position `first` on; `keys` and `values` are
+    /// `[token][n_kv_heads * head_dim]`. The length does not change until
+    /// [`advance`](Self::advance), so a pass that fails leaves no trace.
+    pub(crate) fn write(&mut self, layer: usize, first: usize, keys: &[f32], values: &[f32]) {
+        let (n, d) = (self.shape.n_kv_heads, self.shape.head_dim);
+        let rows = keys.chunks_exact(n * d).zip(values.chunks_exact(n * d));
+        for (i, (k, v)) in rows.enumerate() {
+            for head in 0..n {
+                let (k, v) = (&k[head * d..][..d], &v[head * d..][..d]);
+                match &mut self.storage {
+                    Storage::F16(heads) => heads[layer * n + head].write(first + i, k, v),
+                    Storage::F32(heads) => heads[layer * n + head].write(first + i, k, v),
+                }
+            }
+        }
+    }
+
+    /// Counts `n` more tokens, written in every layer.
+    pub(crate) fn advance(&mut self, n: usize) {
+        debug_assert!(self.length + n <= self.capacity);
+        self.length += n;
+    }
+
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.storage
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_to_f16_half_to_even_and_saturates() {
+        assert_eq!(F16::from_f32(1.0), F16(0x3c00));
+        assert_eq!(F16::from_f32(2049.0), F16(0x6800)); // between 2048 and 2050: to even
+        assert_eq!(F16::from_f32(2051.0), F16(0x6802));
+        assert_eq!(F16::from_f32(1e9), F16(0x7bff));
+        assert_eq!(F16::from_f32(-1e9), F16(0xfbff));
+    }
+
+    #[test]
+    fn truncates_only_downwards() {
+        let shape = KvShape { n_layers: 1, n_kv_heads: 1, head_dim: 4 };
+        let mut cache = KvCache::new(shape, 3, KvDtype::F16).unwrap();
+        assert!(cache.reserve(4).is_err());
+        cache.reserve(2).unwrap();
+        cache.write(0, 0, &[1.0; 8], &[2.0; 8]);
+        cache.advance(2);
+        assert!(cache.truncate(3).is_err());
+        assert!(cache.truncate(1).is_ok());
+        assert_eq!(cache.len(), 1);
+        assert!(KvCache::new(shape, 0, KvDtype::F16).is_err());
+        assert!(KvCache::new(shape, usize::MAX, KvDtype::F16).is_err());
+        let mut huge = KvCache::new(shape, 1 << 50, KvDtype::F16).unwrap();
+        assert!(huge.reserve(1).is_ok());
+    }
+}

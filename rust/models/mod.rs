@@ -1,0 +1,143 @@
+//! The forward passes, one file per architecture, and what they share going
+//! in: a config, named tensors, a ragged batch.
+
+mod batch;
+mod bitnet;
+mod config;
+mod llama;
+mod steps;
+mod weights;
+
+use crate::cpu::Isa;
+use crate::error::{Error, invalid};
+use crate::kernels::{self, Kernel, PackedMatrix};
+use crate::kv_cache::{KvCache, KvShape};
+use crate::threads::Team;
+
+pub use batch::Segment;
+pub use config::{ConfigMap, Dims, Value};
+use weights::Embeddings;
+#[cfg(feature = "python")]
+pub(crate) use weights::absmean_matrix;
+pub use weights::{Tensor, TensorData, Visit, Weights};
+
+/// Which rows of logits a forward pass returns.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Logits {
+    /// One for the last token of each segment.
+    Last,
+    /// One for every token.
+    All,
+}
+
+/// What a model is and runs on, apart from its layers.
+pub struct Facts {
+    /// Weights in ternary matrices.
+    pub ternary_params: usize,
+    /// All weights; a tied head counts once.
+    pub params: usize,
+    /// Bytes of the packed ternary matrices.
+    pub ternary_bytes: usize,
+    /// Bytes of the `lm_head` rows, all read for one token's logits.
+    pub head_bytes: usize,
+    /// Bytes of all weights in memory.
+    pub packed_bytes: usize,
+    /// Bytes of weights read to decode one token.
+    pub bytes_per_token: usize,
+}
+
+impl Facts {
+    /// Adds up what a model is made of.
+    fn count<'a>(
+        projections: impl Iterator<Item = &'a PackedMatrix>,
+        norms: impl Iterator<Item = &'a [f32]>,
+        embeddings: &Embeddings,
+    ) -> Self {
+        let (ternary_params, ternary_bytes) = projections
+            .fold((0, 0), |(params, bytes), p| (params + p.rows() * p.cols(), bytes + p.n_bytes()));
+        let norm_params: usize = norms.map(<[f32]>::len).sum();
+        let (float_params, float_bytes) = embeddings.size();
+        let (norm_bytes, head_bytes) = (4 * norm_params, embeddings.head().n_bytes());
+        Self {
+            ternary_params,
+            params: ternary_params + float_params + norm_params,
+            ternary_bytes,
+            head_bytes,
+            packed_bytes: ternary_bytes + float_bytes + norm_bytes,
+            bytes_per_token: ternary_bytes + head_bytes + norm_bytes,
+        }
+    }
+}
+
+/// What every model computes with.
+pub struct Machine {
+    /// Instruction set of the float half.
+    pub isa: Isa,
+    /// Kernel of the ternary projections.
+    pub kernel: &'static dyn Kernel,
+    /// Threads.
+    pub team: Team,
+}
+
+impl Machine {
+    /// Chooses a kernel by name (the fastest if `None`) and a number of
+    /// threads (one for each CPU if `None`). A kernel of a lower instruction
+    /// set does not lower that of the float half: the bits are the same.
+    ///
+    /// # Errors
+    /// An unknown kernel, a wrong `BITNET_RS_ISA`, no threads.
+    pub fn new(kernel: Option<&str>, threads: Option<usize>) -> Result<Self, Error> {
+        let isa = Isa::best()?;
+        Ok(Self { isa, kernel: kernels::by_name(isa, kernel)?, team: Team::new(threads)? })
+    }
+}
+
+/// A loaded model: immutable, shared freely between threads.
+pub trait Model: Send + Sync {
+    /// Sizes.
+    fn dims(&self) -> &Dims;
+
+    /// `model_type` in its config.
+    fn architecture(&self) -> &'static str;
+
+    /// Kernel, instruction set and threads.
+    fn machine(&self) -> &Machine;
+
+    /// Counts of parameters and bytes.
+    fn facts(&self) -> Facts;
+
+    /// Appends each segment's tokens to its cache and returns rows of logits,
+    /// `vocab_size` each, in order. On an error no cache has changed.
+    ///
+    /// # Errors
+    /// See [`Segment`]; threads that cannot be started.
+    fn forward(&self, batch: &mut [Segment<'_>], logits: Logits) -> Result<Vec<f32>, Error>;
+
+    /// What a cache for this model holds.
+    fn kv_shape(&self) -> KvShape {
+        let dims = self.dims();
+        KvShape { n_layers: dims.n_layers, n_kv_heads: dims.n_kv_heads, head_dim: dims.head_dim }
+    }
+
+    /// Whether `cache` was made for a model of this shape.
+    fn fits(&self, cache: &KvCache) -> bool {
+        cache.shape() == self.kv_shape()
+    }
+}
+
+/// Builds the model that `config`'s `model_type` names.
+///
+/// # Errors
+/// An unknown architecture, a config that it cannot run, tensors that are
+/// missing or do not fit.
+pub fn load(
+    config: &ConfigMap,
+    weights: &dyn Weights,
+    machine: Machine,
+) -> Result<Box<dyn Model>, Error> {
+    match config.str("model_type")? {
+        "bitnet" => Ok(Box::new(bitnet::Bitnet::new(config, weights, machine)?)),
+        "llama" => Ok(Box::new(llama::Llama::new(config, weights, machine)?)),
+        other => Err(invalid!("model_type is {other:?}; wanted \"bitnet\" or \"llama\"")),
+    }
+}

@@ -1,0 +1,121 @@
+//! The few instructions that the hot loops of the float half are written in:
+//! sixteen float32 lanes, loads from the stored types, and one fused
+//! multiply-add. Not a SIMD library: the three loops over it (dot products of
+//! the head, attention's scores, attention's values) need just these.
+//!
+//! The compiler vectorizes plain loops over `[f32; 16]` well, but it keeps
+//! arrays of accumulators in memory. With values of a register type it keeps
+//! them in registers: 4 times as fast for the head.
+//!
+//! An implementation is a proof type of `cpu.rs`, so that its methods are safe
+//! to call; [`Portable`] is the scalar definition.
+
+use crate::cpu::{Isa, Proof};
+use crate::floats::{Bf16, Element, F16, LANES};
+
+/// Sixteen float32 lanes of one instruction set.
+pub(crate) trait Lanes: Copy {
+    /// Their register type.
+    type V: Copy;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::V;
+    /// Sixteen float32.
+    fn load_f32(self, x: &[f32; LANES]) -> Self::V;
+    /// Sixteen float16, widened exactly.
+    fn load_f16(self, x: &[F16; LANES]) -> Self::V;
+    /// Sixteen bfloat16, widened exactly.
+    fn load_bf16(self, x: &[Bf16; LANES]) -> Self::V;
+    /// `a * b + c` in each lane, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The lanes as an array.
+    fn to_array(self, v: Self::V) -> [f32; LANES];
+}
+
+/// The definition, in scalar code.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+impl Lanes for Portable {
+    type V = [f32; LANES];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; LANES]
+    }
+
+    #[inline(always)]
+    fn load_f32(self, x: &[f32; LANES]) -> Self::V {
+        *x
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[F16; LANES]) -> Self::V {
+        x.map(F16::to_f32)
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[Bf16; LANES]) -> Self::V {
+        x.map(Bf16::to_f32)
+    }
+
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    #[inline(always)]
+    fn to_array(self, v: Self::V) -> [f32; LANES] {
+        v
+    }
+}
+
+/// A stored type that lanes can be loaded from.
+pub(crate) trait Load: Element {
+    /// Sixteen of them, widened exactly.
+    fn load<L: Lanes>(lanes: L, x: &[Self; LANES]) -> L::V;
+}
+
+impl Load for f32 {
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, x: &[Self; LANES]) -> L::V {
+        lanes.load_f32(x)
+    }
+}
+
+impl Load for F16 {
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, x: &[Self; LANES]) -> L::V {
+        lanes.load_f16(x)
+    }
+}
+
+impl Load for Bf16 {
+    #[inline(always)]
+    fn load<L: Lanes>(lanes: L, x: &[Self; LANES]) -> L::V {
+        lanes.load_bf16(x)
+    }
+}
+
+/// A loop written over [`Lanes`].
+pub(crate) trait LaneOp {
+    /// Runs it. Implementations are `#[inline(always)]`, and so is all they call.
+    fn run<L: Lanes>(self, lanes: L);
+}
+
+/// Runs `op` with the lanes of `isa`, compiled for it.
+pub(crate) fn dispatch(isa: Isa, op: impl LaneOp) {
+    match isa.proof() {
+        Proof::Generic => op.run(Portable),
+        #[cfg(target_arch = "x86_64")]
+        Proof::Avx2(avx2) => isa.vectorize(
+            #[inline(always)]
+            || op.run(avx2),
+        ),
+        #[cfg(target_arch = "x86_64")]
+        Proof::Avx512(avx512) => isa.vectorize(
+            #[inline(always)]
+            || op.run(avx512),
+        ),
+    }
+}

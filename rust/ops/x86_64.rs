@@ -1,0 +1,107 @@
+//! [`Lanes`] on x86-64: one register with AVX-512, two with AVX2. Each method
+//! is an instruction or two; the proof types guarantee that they exist.
+
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use super::lanes::Lanes;
+use crate::cpu::{Avx2, Avx512};
+use crate::floats::{Bf16, F16, LANES};
+
+impl Lanes for Avx512 {
+    type V = __m512;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load_f32(self, x: &[f32; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F; the array has the 64 bytes read.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[F16; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F; the array has the 32 bytes read.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[Bf16; LANES]) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F; the array has the 32 bytes read.
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn to_array(self, v: __m512) -> [f32; LANES] {
+        let mut out = [0f32; LANES];
+        // SAFETY: `self` proves AVX-512 F; the array has the 64 bytes written.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) };
+        out
+    }
+}
+
+impl Lanes for Avx2 {
+    type V = [__m256; 2];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+
+    #[inline(always)]
+    fn load_f32(self, x: &[f32; LANES]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX; the array has the 64 bytes read.
+        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[F16; LANES]) -> [__m256; 2] {
+        let x: *const __m128i = x.as_ptr().cast();
+        // SAFETY: `self` proves F16C; the array has the 32 bytes read.
+        unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(x)), _mm256_cvtph_ps(_mm_loadu_si128(x.add(1)))] }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[Bf16; LANES]) -> [__m256; 2] {
+        let x: *const __m128i = x.as_ptr().cast();
+        // SAFETY: `self` proves AVX2; the array has the 32 bytes read.
+        unsafe {
+            [x, x.add(1)].map(|half| {
+                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(half));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+            })
+        }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves FMA.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    fn to_array(self, v: [__m256; 2]) -> [f32; LANES] {
+        let mut out = [0f32; LANES];
+        // SAFETY: `self` proves AVX; the array has the 64 bytes written.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
+        }
+        out
+    }
+}

@@ -1,0 +1,410 @@
+//! `_core`: the binding. Converts, checks, detaches, calls. No arithmetic.
+//!
+//! Rules of the line: slices are taken from numpy arrays while attached, and
+//! only slices go into `detach`; a computation never runs attached, since a
+//! rayon worker that waited for the interpreter would wait forever; errors
+//! become built-in exceptions in one place.
+
+// The `pymodule` and `pyclass` macros expand to the C ABI of Python modules.
+#![allow(unsafe_code)]
+// PyO3 hands arguments over by value; `Bound` and `Python` are such handles.
+#![allow(clippy::needless_pass_by_value)]
+
+use std::cell::RefCell;
+use std::sync::{Mutex, TryLockError};
+
+use half::slice::HalfFloatSliceExt;
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
+    PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
+};
+use pyo3::exceptions::{PyKeyError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyMapping, PyString};
+
+use crate::cpu::Isa;
+use crate::error::{Error, invalid};
+use crate::kernels::{self, PackedMatrix, Prepared};
+use crate::kv_cache::{KvCache, KvDtype};
+use crate::models::{
+    self, ConfigMap, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit, Weights,
+};
+use crate::ternary::TernaryMatrix;
+use crate::threads::{Team, read_bandwidth};
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Invalid(message) => PyValueError::new_err(message),
+            Error::MissingTensor(_) => PyKeyError::new_err(error.to_string()),
+            Error::State(message) => PyRuntimeError::new_err(message),
+        }
+    }
+}
+
+/// A config dict, without its lists.
+fn config_map(dict: &Bound<'_, PyMapping>) -> PyResult<ConfigMap> {
+    let mut map = ConfigMap::default();
+    for item in dict.items()?.iter() {
+        let (key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>) = item.extract()?;
+        let Ok(key) = key.extract::<String>() else { continue };
+        // bool before int: a bool is an int in Python.
+        let value = if value.is_none() {
+            Value::Null
+        } else if value.is_instance_of::<PyBool>() {
+            Value::Bool(value.extract()?)
+        } else if value.is_instance_of::<PyInt>() {
+            value.extract().map_or_else(|_| Value::Other(value.to_string()), Value::Int)
+        } else if value.is_instance_of::<PyFloat>() {
+            Value::Float(value.extract()?)
+        } else if value.is_instance_of::<PyString>() {
+            Value::Str(value.extract()?)
+        } else if let Ok(inner) = value.cast::<PyMapping>() {
+            Value::Map(config_map(inner)?)
+        } else {
+            Value::Other(format!("a {}", value.get_type().name()?))
+        };
+        map.0.insert(key, value);
+    }
+    Ok(map)
+}
+
+/// Tensors from a Python mapping. A failure of the mapping itself is kept, so
+/// that the loader's own message reaches the user.
+struct PyWeights<'a, 'py> {
+    mapping: &'a Bound<'py, PyMapping>,
+    failure: RefCell<Option<PyErr>>,
+}
+
+impl PyWeights<'_, '_> {
+    fn fail(&self, error: PyErr) -> Error {
+        *self.failure.borrow_mut() = Some(error);
+        Error::State("the weights could not be read".to_owned())
+    }
+}
+
+impl Weights for PyWeights<'_, '_> {
+    fn contains(&self, name: &str) -> Result<bool, Error> {
+        self.mapping.contains(name).map_err(|e| self.fail(e))
+    }
+
+    fn visit(&self, name: &str, visit: &mut Visit<'_>) -> Result<(), Error> {
+        let py = self.mapping.py();
+        let array = self.mapping.get_item(name).map_err(|e| self.fail(e))?;
+        let array = array
+            .cast::<PyUntypedArray>()
+            .map_err(|_| invalid!("tensor {name:?} is not a numpy array; wanted one"))?;
+        let aligned = array
+            .getattr("flags")
+            .and_then(|f| f.getattr("aligned"))
+            .and_then(|a| a.extract::<bool>())
+            .map_err(|e| self.fail(e))?;
+        if !array.is_c_contiguous() || !aligned {
+            return Err(invalid!(
+                "tensor {name:?} is not contiguous and aligned; pass np.require(x, \
+                 requirements=\"CA\")"
+            ));
+        }
+        // The read-only borrow lives until the end of the arm; the slice alone
+        // goes into `detach`.
+        macro_rules! arm {
+            ($type:ty, $data:expr) => {
+                if let Ok(array) = array.extract::<PyReadonlyArrayDyn<'_, $type>>() {
+                    let shape = array.shape().to_vec();
+                    let slice = array.as_slice().map_err(|e| invalid!("tensor {name:?}: {e}"))?;
+                    let data = $data(slice);
+                    return py.detach(|| visit(&Tensor { shape: &shape, data }));
+                }
+            };
+        }
+        arm!(i8, TensorData::I8);
+        arm!(f32, TensorData::F32);
+        arm!(u16, TensorData::Bf16);
+        arm!(half::f16, f16_bits);
+        Err(invalid!(
+            "tensor {name:?} has dtype {}; wanted int8, float32, float16, or uint16 for bfloat16",
+            array.dtype()
+        ))
+    }
+}
+
+fn f16_bits(slice: &[half::f16]) -> TensorData<'_> {
+    TensorData::F16(slice.reinterpret_cast())
+}
+
+/// A ternary transformer.
+#[pyclass(frozen, name = "Model", module = "bitnet_rs._core")]
+struct PyModel(Box<dyn Model>);
+
+#[pymethods]
+impl PyModel {
+    #[new]
+    #[pyo3(signature = (config, weights, *, kernel=None, threads=None))]
+    fn new(
+        config: &Bound<'_, PyMapping>,
+        weights: &Bound<'_, PyMapping>,
+        kernel: Option<&str>,
+        threads: Option<usize>,
+    ) -> PyResult<Self> {
+        let machine = Machine::new(kernel, threads)?;
+        let config = config_map(config)?;
+        let weights = PyWeights { mapping: weights, failure: RefCell::new(None) };
+        match models::load(&config, &weights, machine) {
+            Ok(model) => Ok(Self(model)),
+            Err(error) => Err(weights.failure.take().unwrap_or_else(|| error.into())),
+        }
+    }
+
+    #[getter]
+    fn kernel(&self) -> &'static str {
+        self.0.machine().kernel.name()
+    }
+
+    #[getter]
+    fn threads(&self) -> usize {
+        self.0.machine().team.threads()
+    }
+
+    #[getter]
+    fn facts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let (dims, facts) = (self.0.dims(), self.0.facts());
+        let dict = PyDict::new(py);
+        dict.set_item("architecture", self.0.architecture())?;
+        for (name, value) in [
+            ("n_layers", dims.n_layers),
+            ("hidden_size", dims.hidden),
+            ("intermediate_size", dims.intermediate),
+            ("n_heads", dims.n_heads),
+            ("n_kv_heads", dims.n_kv_heads),
+            ("head_dim", dims.head_dim),
+            ("vocab_size", dims.vocab),
+            ("max_positions", dims.max_positions),
+            ("ternary_params", facts.ternary_params),
+            ("params", facts.params),
+            ("ternary_bytes", facts.ternary_bytes),
+            ("head_bytes", facts.head_bytes),
+            ("bytes_per_token", facts.bytes_per_token),
+            ("packed_bytes", facts.packed_bytes),
+        ] {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+
+    #[pyo3(signature = (capacity, kv_dtype="f16"))]
+    fn new_cache(&self, py: Python<'_>, capacity: usize, kv_dtype: &str) -> PyResult<PyKvCache> {
+        let dtype = KvDtype::from_name(kv_dtype)?;
+        let cache = py.detach(|| KvCache::new(self.0.kv_shape(), capacity, dtype))?;
+        Ok(PyKvCache { capacity, n_bytes: cache.n_bytes(), cache: Mutex::new(cache) })
+    }
+
+    #[pyo3(signature = (batch, *, logits="last"))]
+    fn forward<'py>(
+        &self,
+        py: Python<'py>,
+        batch: Vec<(PyReadonlyArray1<'py, u32>, Py<PyKvCache>)>,
+        logits: &str,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let logits = match logits {
+            "last" => Logits::Last,
+            "all" => Logits::All,
+            _ => return Err(invalid!("logits is {logits:?}; wanted \"last\" or \"all\"").into()),
+        };
+        let parts = batch
+            .iter()
+            .map(|(tokens, cache)| Ok((tokens.as_slice()?, cache.get())))
+            .collect::<PyResult<Vec<(&[u32], &PyKvCache)>>>()?;
+        let rows = py.detach(|| {
+            let mut guards = parts
+                .iter()
+                .map(|(_, cache)| cache.try_lock())
+                .collect::<Result<Vec<_>, Error>>()?;
+            let mut segments: Vec<_> = parts
+                .iter()
+                .zip(&mut guards)
+                .map(|((tokens, _), cache)| Segment { tokens, cache })
+                .collect();
+            self.0.forward(&mut segments, logits)
+        })?;
+        let vocab = self.0.dims().vocab;
+        rows.into_pyarray(py).reshape([parts_rows(&parts, logits), vocab])
+    }
+}
+
+fn parts_rows(parts: &[(&[u32], &PyKvCache)], logits: Logits) -> usize {
+    match logits {
+        Logits::Last => parts.len(),
+        Logits::All => parts.iter().map(|(tokens, _)| tokens.len()).sum(),
+    }
+}
+
+/// Keys and values of one sequence.
+#[pyclass(frozen, name = "KvCache", module = "bitnet_rs._core")]
+struct PyKvCache {
+    cache: Mutex<KvCache>,
+    capacity: usize,
+    n_bytes: usize,
+}
+
+impl PyKvCache {
+    /// The cache, if nobody else is using it: waiting would deadlock when one
+    /// cache stands twice in a batch. A poisoned lock is taken all the same:
+    /// `KvCache` changes its length last.
+    fn try_lock(&self) -> Result<std::sync::MutexGuard<'_, KvCache>, Error> {
+        match self.cache.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(Error::State(
+                "the cache is in use by another thread, or stands twice in the batch; use one \
+                 cache for each sequence"
+                    .to_owned(),
+            )),
+        }
+    }
+}
+
+#[pymethods]
+impl PyKvCache {
+    fn __len__(&self) -> PyResult<usize> {
+        Ok(self.try_lock()?.len())
+    }
+
+    #[getter]
+    fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    #[getter]
+    fn n_bytes(&self) -> usize {
+        self.n_bytes
+    }
+
+    fn truncate(&self, length: usize) -> PyResult<()> {
+        Ok(self.try_lock()?.truncate(length)?)
+    }
+}
+
+#[pyfunction]
+#[pyo3(name = "kernels")]
+fn kernel_names() -> PyResult<Vec<&'static str>> {
+    Ok(kernels::available(Isa::best()?).iter().map(|k| k.name()).collect())
+}
+
+#[pyfunction]
+fn cpu_features() -> PyResult<Vec<&'static str>> {
+    Ok(Isa::best()?.features().to_vec())
+}
+
+#[pyfunction]
+#[pyo3(name = "read_bandwidth", signature = (threads, n_bytes=1 << 29))]
+fn py_read_bandwidth(py: Python<'_>, threads: usize, n_bytes: usize) -> PyResult<f64> {
+    Ok(py.detach(|| read_bandwidth(&Team::new(Some(threads))?, Isa::best()?, n_bytes))?)
+}
+
+/// Rows, columns and elements of a contiguous matrix.
+fn matrix<'a, T: numpy::Element>(
+    name: &str,
+    array: &'a PyReadonlyArray2<'_, T>,
+) -> PyResult<(usize, usize, &'a [T])> {
+    // `as_slice` alone would take Fortran order too, and read it transposed.
+    if !array.is_c_contiguous() {
+        return Err(
+            invalid!("{name} is not contiguous in C order; use np.ascontiguousarray").into()
+        );
+    }
+    Ok((array.shape()[0], array.shape()[1], array.as_slice()?))
+}
+
+#[pyfunction]
+fn _gemm<'py>(
+    py: Python<'py>,
+    trits: PyReadonlyArray2<'py, i8>,
+    scale: f32,
+    x: PyReadonlyArray2<'py, f32>,
+    kernel: &str,
+) -> PyResult<Bound<'py, PyArray2<f32>>> {
+    let (rows, cols, trits) = matrix("trits", &trits)?;
+    let (n, width, x) = matrix("x", &x)?;
+    if width != cols {
+        return Err(invalid!("x has {width} columns; wanted {cols}").into());
+    }
+    let y = py.detach(|| {
+        let m = Machine::new(Some(kernel), Some(1))?;
+        let matrix = TernaryMatrix::new(trits, rows, cols, scale)?;
+        let packed = PackedMatrix::pack(m.kernel, &matrix, &m.team);
+        let mut xs = vec![Prepared::default(); n];
+        for (x, out) in x.chunks_exact(cols).zip(&mut xs) {
+            m.kernel.prepare(m.isa, x, out);
+        }
+        let mut y = vec![0f32; n * rows];
+        kernels::multiply(&m.team, &xs, [(&packed, &mut y)]);
+        Ok::<_, Error>(y)
+    })?;
+    y.into_pyarray(py).reshape([n, rows])
+}
+
+#[pyfunction]
+fn _gemv<'py>(
+    py: Python<'py>,
+    trits: PyReadonlyArray2<'py, i8>,
+    scale: f32,
+    x: PyReadonlyArray1<'py, f32>,
+    kernel: &str,
+) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    let x = x.reshape([1, x.len()])?.readonly();
+    let y = _gemm(py, trits, scale, x, kernel)?;
+    y.reshape([y.len()])
+}
+
+#[pyfunction]
+fn _absmean<'py>(
+    py: Python<'py>,
+    w: PyReadonlyArray2<'py, f32>,
+) -> PyResult<(Bound<'py, PyArray2<i8>>, f32)> {
+    let (rows, cols, w) = matrix("w", &w)?;
+    let team = Team::new(Some(1))?;
+    let (trits, scale) = py.detach(|| models::absmean_matrix(&team, w, |&x| x, rows, cols))?;
+    Ok((trits.into_pyarray(py).reshape([rows, cols])?, scale))
+}
+
+#[pyfunction]
+fn _rms_norm<'py>(
+    py: Python<'py>,
+    x: PyReadonlyArray1<'py, f32>,
+    weight: PyReadonlyArray1<'py, f32>,
+    eps: f32,
+) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    let (x, weight) = (x.as_slice()?, weight.as_slice()?);
+    if x.len() != weight.len() {
+        return Err(invalid!("x has {} elements, weight {}", x.len(), weight.len()).into());
+    }
+    let mut out = vec![0f32; x.len()];
+    crate::ops::rms_norm::rms_norm(Isa::best()?, x, weight, eps, &mut out);
+    Ok(out.into_pyarray(py))
+}
+
+#[pyfunction]
+fn _exp<'py>(
+    py: Python<'py>,
+    x: PyReadonlyArray1<'py, f32>,
+) -> PyResult<Bound<'py, PyArray1<f32>>> {
+    let mut out = x.as_slice()?.to_vec();
+    crate::ops::exp::exp_in_place(Isa::best()?, &mut out);
+    Ok(out.into_pyarray(py))
+}
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)] // Python's name for it
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const build_profile: &str = if cfg!(debug_assertions) { "debug" } else { "release" };
+
+    #[pymodule_export]
+    use super::{
+        _absmean, _exp, _gemm, _gemv, _rms_norm, PyKvCache, PyModel, cpu_features, kernel_names,
+        py_read_bandwidth,
+    };
+}

@@ -1,0 +1,185 @@
+//! The threads that run a forward pass, and the rules by which work is split.
+//! The only file that names rayon.
+//!
+//! Nothing computed may depend on how work was split: callers split rows,
+//! tokens or heads, each of which is computed whole by one thread.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::cpu::Isa;
+use crate::error::{Error, invalid};
+
+/// More threads than this is a mistake, not a machine.
+const MAX_THREADS: usize = 1024;
+
+/// A fixed number of threads. They start on first use, so that a process may
+/// fork between loading a model and using it.
+pub struct Team {
+    threads: usize,
+    pool: OnceLock<Result<Pool, Error>>,
+}
+
+struct Pool {
+    threads: ThreadPool,
+    /// The process that started them: threads do not survive a fork.
+    process: u32,
+}
+
+impl Team {
+    /// A team of `threads`, or of one for each CPU this process may use.
+    ///
+    /// # Errors
+    /// Zero threads, or absurdly many.
+    pub fn new(threads: Option<usize>) -> Result<Self, Error> {
+        let threads =
+            threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        if !(1..=MAX_THREADS).contains(&threads) {
+            return Err(invalid!("threads is {threads}; wanted 1 to {MAX_THREADS}"));
+        }
+        Ok(Self { threads, pool: OnceLock::new() })
+    }
+
+    /// How many threads compute.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Runs `f` on the team: the `split`s and `for_each`es inside it use all
+    /// threads. One thread runs `f` where it is.
+    ///
+    /// # Errors
+    /// The threads cannot be started, or were started before a fork.
+    pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> Result<R, Error> {
+        if self.threads == 1 {
+            return Ok(f());
+        }
+        let pool = self.pool.get_or_init(|| {
+            ThreadPoolBuilder::new()
+                .num_threads(self.threads)
+                .thread_name(|i| format!("bitnet-rs-{i}"))
+                .build()
+                .map(|threads| Pool { threads, process: std::process::id() })
+                .map_err(|e| Error::State(format!("cannot start {} threads: {e}", self.threads)))
+        });
+        let pool = pool.as_ref().map_err(Clone::clone)?;
+        if pool.process != std::process::id() {
+            return Err(Error::State(
+                "this model was used before the process forked, and its threads did not survive; \
+                 load the model after the fork"
+                    .to_owned(),
+            ));
+        }
+        Ok(pool.threads.install(f))
+    }
+
+    /// Cuts `0..n` into at most `threads * chunks` ranges of nearly equal
+    /// length, at multiples of `granule`.
+    pub fn ranges(
+        &self,
+        n: usize,
+        granule: usize,
+        chunks: usize,
+    ) -> impl Iterator<Item = Range<usize>> + use<> {
+        let step = self.step(n, granule, chunks);
+        (0..n.div_ceil(step)).map(move |i| i * step..((i + 1) * step).min(n))
+    }
+
+    fn step(&self, n: usize, granule: usize, chunks: usize) -> usize {
+        let parts = if self.threads == 1 { 1 } else { self.threads * chunks };
+        n.div_ceil(granule).div_ceil(parts).max(1) * granule
+    }
+
+    /// Calls `f(start, chunk)` for contiguous chunks of `data`, at multiples
+    /// of `granule`. Call it inside [`run`](Team::run).
+    pub fn split<T: Send>(
+        &self,
+        data: &mut [T],
+        granule: usize,
+        chunks: usize,
+        f: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let step = self.step(data.len(), granule, chunks);
+        if step >= data.len() {
+            if !data.is_empty() {
+                f(0, data);
+            }
+            return;
+        }
+        data.par_chunks_mut(step).enumerate().for_each(|(i, chunk)| f(i * step, chunk));
+    }
+
+    /// Calls `f` for each item. Call it inside [`run`](Team::run).
+    pub fn for_each<T: Send>(&self, items: &mut [T], f: impl Fn(&mut T) + Send + Sync) {
+        if self.threads == 1 || items.len() == 1 {
+            items.iter_mut().for_each(f);
+        } else {
+            items.par_iter_mut().for_each(f);
+        }
+    }
+}
+
+/// Speed at which the team reads `n_bytes` of memory, in GB/s (1e9 bytes): the
+/// limit that decoding is held against. The median of seven passes over a
+/// buffer that should be far larger than the caches.
+///
+/// # Errors
+/// Threads that cannot be started; a buffer of less than 1 MB.
+pub fn read_bandwidth(team: &Team, isa: Isa, n_bytes: usize) -> Result<f64, Error> {
+    if !(1 << 20..=1 << 36).contains(&n_bytes) {
+        return Err(invalid!("n_bytes is {n_bytes}; wanted 1 MiB to 64 GiB"));
+    }
+    let mut memory = vec![1u64; n_bytes / 8];
+    team.run(|| {
+        let mut speeds = [0f64; 7];
+        for speed in &mut speeds {
+            let start = std::time::Instant::now();
+            // Shared out in advance, as a forward pass does, and summed so
+            // that the reading cannot be optimized away.
+            team.split(&mut memory, 8, 1, |_, part| {
+                let sum = isa.vectorize(
+                    #[inline(always)]
+                    || part.iter().fold(0u64, |sum, &x| sum.wrapping_add(x)),
+                );
+                std::hint::black_box(sum);
+            });
+            *speed = (n_bytes / 8 * 8) as f64 / start.elapsed().as_secs_f64() / 1e9;
+        }
+        speeds.sort_by(f64::total_cmp);
+        speeds[speeds.len() / 2]
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_cover_everything_once() {
+        for threads in [1, 2, 3, 7] {
+            let team = Team::new(Some(threads)).unwrap();
+            for n in [1, 2, 15, 16, 17, 640, 641] {
+                for granule in [1, 4, 16] {
+                    let ranges: Vec<_> = team.ranges(n, granule, 4).collect();
+                    assert!(ranges.len() <= threads * 4);
+                    assert_eq!(ranges.first().unwrap().start, 0);
+                    assert_eq!(ranges.last().unwrap().end, n);
+                    for pair in ranges.windows(2) {
+                        assert_eq!(pair[0].end, pair[1].start);
+                        assert_eq!(pair[1].start % granule, 0);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn refuses_no_threads_and_absurdly_many() {
+        assert!(Team::new(Some(0)).is_err());
+        assert!(Team::new(Some(MAX_THREADS + 1)).is_err());
+    }
+}

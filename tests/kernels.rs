@@ -1,0 +1,200 @@
+//! One runner for all kernels: whatever the machine has must give the bits of
+//! a naive product, for every shape, number of inputs and number of threads.
+
+use bitnet_rs::cpu::Isa;
+use bitnet_rs::kernels::{Kernel, PackedMatrix, Prepared, available, by_name, multiply};
+use bitnet_rs::ternary::TernaryMatrix;
+use bitnet_rs::threads::Team;
+use proptest::prelude::*;
+
+/// A small generator, so that a failing case can be told by its seed.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        // SplitMix64.
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn trits(&mut self, n: usize) -> Vec<i8> {
+        (0..n).map(|_| (self.next() % 3) as i8 - 1).collect()
+    }
+
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| (self.next() % 20001) as f32 / 1e4 - 1.0).collect()
+    }
+}
+
+/// The definition: an exact sum, divided by the activation's scale, times the
+/// weights'.
+fn naive(w: &TernaryMatrix<'_>, x: &[f32]) -> Vec<f32> {
+    let a = x.iter().fold(1e-5f32, |a, v| a.max(v.abs()));
+    let s = 1.0 / a * 127.0;
+    let q: Vec<i64> =
+        x.iter().map(|v| (v * s).round_ties_even().clamp(-128.0, 127.0) as i64).collect();
+    (0..w.rows())
+        .map(|r| {
+            let acc: i64 = w.row(r).iter().zip(&q).map(|(&t, &q)| i64::from(t) * q).sum();
+            acc as f32 / s * w.scale()
+        })
+        .collect()
+}
+
+fn product(
+    kernel: &'static dyn Kernel,
+    w: &TernaryMatrix<'_>,
+    xs: &[f32],
+    team: &Team,
+) -> Vec<f32> {
+    let isa = Isa::best().unwrap();
+    team.run(|| {
+        let packed = PackedMatrix::pack(kernel, w, team);
+        let mut prepared = vec![Prepared::default(); xs.len() / w.cols()];
+        for (x, out) in xs.chunks_exact(w.cols()).zip(&mut prepared) {
+            kernel.prepare(isa, x, out);
+        }
+        let mut y = vec![f32::NAN; prepared.len() * w.rows()];
+        multiply(team, &prepared, [(&packed, &mut y)]);
+        y
+    })
+    .unwrap()
+}
+
+fn bits(y: &[f32]) -> Vec<u32> {
+    y.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Every kernel against the definition.
+fn check(trits: &[i8], rows: usize, cols: usize, xs: &[f32], threads: usize) {
+    let w = TernaryMatrix::new(trits, rows, cols, 0.731).unwrap();
+    let team = Team::new(Some(threads)).unwrap();
+    let right: Vec<f32> = xs.chunks_exact(cols).flat_map(|x| naive(&w, x)).collect();
+    for kernel in available(Isa::best().unwrap()) {
+        let y = product(kernel, &w, xs, &team);
+        let n = xs.len() / cols;
+        assert_eq!(bits(&y), bits(&right), "{}: {rows} x {cols}, {n} inputs", kernel.name());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(96) })]
+
+    #[test]
+    fn every_kernel_gives_the_bits_of_the_definition(
+        rows in 1usize..40,
+        cols in prop_oneof![1usize..300, 1usize..3000],
+        inputs in prop_oneof![Just(1usize), 1usize..20, 60usize..70],
+        threads in 1usize..4,
+        seed: u64,
+    ) {
+        let mut rng = Rng(seed);
+        let (trits, xs) = (rng.trits(rows * cols), rng.floats(inputs * cols));
+        check(&trits, rows, cols, &xs, threads);
+    }
+}
+
+#[test]
+fn every_residue_of_the_block_size() {
+    let mut rng = Rng(1);
+    for cols in 1..=520 {
+        let (trits, xs) = (rng.trits(5 * cols), rng.floats(3 * cols));
+        check(&trits, 5, cols, &xs, 1);
+    }
+}
+
+#[test]
+fn widths_of_known_models() {
+    let mut rng = Rng(2);
+    for cols in [2560, 6912, 3200, 8640, 2048, 5460, 4096, 14336, 23040] {
+        let (trits, xs) = (rng.trits(9 * cols), rng.floats(2 * cols));
+        check(&trits, 9, cols, &xs, 2);
+    }
+}
+
+/// Sums as large as they can become: weights of one sign, activations at the
+/// ends of int8. 16-bit partial sums overflow here if they are widened too late.
+#[test]
+fn sums_at_the_bounds() {
+    for cols in [64, 256, 2048, 2049, 6912, 131_071] {
+        for sign in [1i8, -1] {
+            let trits = vec![sign; 4 * cols];
+            for x in [1.0f32, -1.0] {
+                check(&trits, 4, cols, &vec![x; 2 * cols], 1);
+            }
+            let alternating: Vec<f32> =
+                (0..2 * cols).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
+            check(&trits, 4, cols, &alternating, 1);
+        }
+    }
+}
+
+/// Packing loses nothing: a one-hot input reads a column back.
+#[test]
+fn pack_keeps_every_weight() {
+    let mut rng = Rng(3);
+    for cols in [1, 17, 64, 100, 257, 500, 771] {
+        let rows = 6;
+        let trits = rng.trits(rows * cols);
+        let w = TernaryMatrix::new(&trits, rows, cols, 1.0).unwrap();
+        let mut hot = vec![0f32; cols * cols];
+        (0..cols).for_each(|c| hot[c * cols + c] = 1.0);
+        for kernel in available(Isa::best().unwrap()) {
+            let y = product(kernel, &w, &hot, &Team::new(Some(1)).unwrap());
+            for c in 0..cols {
+                for r in 0..rows {
+                    let t = f32::from(trits[r * cols + c]);
+                    assert_eq!(y[c * rows + r], 127.0 * t / 127.0, "{} {r} {c}", kernel.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantizes_half_to_even_and_survives_zeros_and_tiny_values() {
+    let isa = Isa::best().unwrap();
+    let mut x = Prepared::default();
+    // The largest is 127, so s is 1 up to rounding: 0.5 -> 0, 1.5 -> 2, 2.5 -> 2.
+    x.quantize(isa, &[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]);
+    assert_eq!(x.values(), [127, 0, 2, 2, 0, -2]);
+    x.quantize(isa, &[0.0; 20]);
+    assert_eq!(x.values(), [0; 20]);
+    // Below the clamp of 1e-5 the scale stops growing.
+    x.quantize(isa, &[1e-6, -1e-6, 1e-30]);
+    assert_eq!(x.values(), [13, -13, 0]);
+}
+
+/// Preparing compiles for each instruction set too.
+#[test]
+fn quantize_gives_the_same_bits_on_every_isa() {
+    let mut rng = Rng(4);
+    for n in [1, 15, 16, 17, 500, 2560] {
+        let x = rng.floats(n);
+        let mut right = Prepared::default();
+        right.quantize(Isa::GENERIC, &x);
+        for isa in Isa::available() {
+            let mut found = Prepared::default();
+            found.quantize(isa, &x);
+            assert_eq!(found.values(), right.values(), "{} {n}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn kernels_are_found_by_name() {
+    let isa = Isa::best().unwrap();
+    let names: Vec<_> = available(isa).iter().map(|k| k.name()).collect();
+    assert_eq!(names.last(), Some(&"generic-i2"));
+    for name in &names {
+        assert_eq!(by_name(isa, Some(name)).unwrap().name(), *name);
+    }
+    assert_eq!(by_name(isa, None).unwrap().name(), names[0]);
+    let error = by_name(isa, Some("nope")).err().unwrap().to_string();
+    assert!(error.contains("nope") && error.contains("generic-i2"), "{error}");
+    let lowest: Vec<_> = available(Isa::GENERIC).iter().map(|k| k.name()).collect();
+    assert_eq!(lowest, ["generic-i2"]);
+}

@@ -1,0 +1,316 @@
+//! Forward passes of tiny random models: the same bits whatever the kernel,
+//! the number of threads, the batch and the chunks. What they compute is
+//! tested from Python, against numpy and against transformers' logits.
+
+use std::collections::HashMap;
+
+use bitnet_rs::Error;
+use bitnet_rs::cpu::Isa;
+use bitnet_rs::kernels;
+use bitnet_rs::kv_cache::{KvCache, KvDtype};
+use bitnet_rs::models::{
+    self, ConfigMap, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit, Weights,
+};
+
+/// Tensors of a random model.
+enum Owned {
+    Trits(Vec<usize>, Vec<i8>),
+    Floats(Vec<usize>, Vec<f32>),
+}
+
+struct Random(HashMap<String, Owned>);
+
+impl Weights for Random {
+    fn contains(&self, name: &str) -> Result<bool, Error> {
+        Ok(self.0.contains_key(name))
+    }
+
+    fn visit(&self, name: &str, visit: &mut Visit<'_>) -> Result<(), Error> {
+        match self.0.get(name) {
+            None => Err(Error::MissingTensor(name.to_owned())),
+            Some(Owned::Trits(shape, v)) => visit(&Tensor { shape, data: TensorData::I8(v) }),
+            Some(Owned::Floats(shape, v)) => visit(&Tensor { shape, data: TensorData::F32(v) }),
+        }
+    }
+}
+
+/// Hidden size, feed-forward size, query heads, key/value heads, head size.
+const SIZES: [[usize; 5]; 2] = [[52, 100, 6, 2, 20], [64, 300, 4, 4, 18]];
+const VOCAB: usize = 37;
+const LAYERS: usize = 2;
+
+fn config(model_type: &str, [hidden, inter, heads, kv_heads, head_dim]: [usize; 5]) -> ConfigMap {
+    let act = if model_type == "bitnet" { "relu2" } else { "silu" };
+    let int = |n: usize| Value::Int(n as i64);
+    let fields = [
+        ("model_type", Value::Str(model_type.to_owned())),
+        ("hidden_act", Value::Str(act.to_owned())),
+        ("hidden_size", int(hidden)),
+        ("intermediate_size", int(inter)),
+        ("num_hidden_layers", int(LAYERS)),
+        ("num_attention_heads", int(heads)),
+        ("num_key_value_heads", int(kv_heads)),
+        ("head_dim", int(head_dim)),
+        ("vocab_size", int(VOCAB)),
+        ("rms_norm_eps", Value::Float(1e-5)),
+        ("rope_theta", Value::Float(10_000.0)),
+        ("max_position_embeddings", int(512)),
+        ("tie_word_embeddings", Value::Bool(model_type == "bitnet")),
+    ];
+    ConfigMap(fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect())
+}
+
+fn weights(
+    model_type: &str,
+    [hidden, inter, heads, kv_heads, head_dim]: [usize; 5],
+) -> HashMap<String, Owned> {
+    let mut state = 7u64;
+    let mut next = move || {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state >> 33
+    };
+    let mut out = HashMap::new();
+    let mut floats = |name: String, shape: Vec<usize>, around: f32| {
+        let n = shape.iter().product();
+        let v = (0..n).map(|_| around + (next() % 2001) as f32 / 1e3 - 1.0).collect();
+        (name, Owned::Floats(shape, v))
+    };
+    let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+    out.extend([floats("model.embed_tokens.weight".into(), vec![VOCAB, hidden], 0.0)]);
+    out.extend([floats("lm_head.weight".into(), vec![VOCAB, hidden], 0.0)]);
+    out.extend([floats("model.norm.weight".into(), vec![hidden], 1.5)]);
+    for i in 0..LAYERS {
+        let layer = |part: &str| format!("model.layers.{i}.{part}.weight");
+        for (part, n) in [
+            ("input_layernorm", hidden),
+            ("post_attention_layernorm", hidden),
+            ("self_attn.attn_sub_norm", q),
+            ("mlp.ffn_sub_norm", inter),
+        ] {
+            if model_type == "bitnet" || !part.contains("sub_norm") {
+                out.extend([floats(layer(part), vec![n], 1.5)]);
+            }
+        }
+        for (part, rows, cols) in [
+            ("self_attn.q_proj", q, hidden),
+            ("self_attn.k_proj", kv, hidden),
+            ("self_attn.v_proj", kv, hidden),
+            ("self_attn.o_proj", hidden, q),
+            ("mlp.gate_proj", inter, hidden),
+            ("mlp.up_proj", inter, hidden),
+            ("mlp.down_proj", hidden, inter),
+        ] {
+            let (name, masters) = floats(layer(part), vec![rows, cols], 0.0);
+            let Owned::Floats(shape, v) = masters else { unreachable!() };
+            // One projection stays a master matrix, quantized by the core.
+            if part.contains("v_proj") {
+                out.insert(name, Owned::Floats(shape, v));
+            } else {
+                let trits = v.iter().map(|x| x.round() as i8).collect();
+                out.insert(format!("{name}_scale"), Owned::Floats(vec![1], vec![0.5]));
+                out.insert(name, Owned::Trits(shape, trits));
+            }
+        }
+    }
+    out
+}
+
+fn build(model_type: &str, sizes: [usize; 5], kernel: &str, threads: usize) -> Box<dyn Model> {
+    let machine = Machine::new(Some(kernel), Some(threads)).unwrap();
+    models::load(&config(model_type, sizes), &Random(weights(model_type, sizes)), machine).unwrap()
+}
+
+fn cache(model: &dyn Model, dtype: KvDtype) -> KvCache {
+    KvCache::new(model.kv_shape(), 200, dtype).unwrap()
+}
+
+fn run(model: &dyn Model, cache: &mut KvCache, tokens: &[u32]) -> Vec<u32> {
+    let y = model.forward(&mut [Segment { tokens, cache }], Logits::All).unwrap();
+    assert!(y.iter().all(|v| v.is_finite()) && y.iter().any(|v| *v != 0.0));
+    y.into_iter().map(f32::to_bits).collect()
+}
+
+fn tokens(n: usize, seed: usize) -> Vec<u32> {
+    (0..n).map(|i| ((i * i * 7 + i * 3 + seed) % VOCAB) as u32).collect()
+}
+
+/// Every case that the promises range over.
+fn each(f: impl Fn(&str, [usize; 5], KvDtype)) {
+    for model_type in ["bitnet", "llama"] {
+        for sizes in SIZES {
+            for dtype in [KvDtype::F16, KvDtype::F32] {
+                f(model_type, sizes, dtype);
+            }
+        }
+    }
+}
+
+#[test]
+fn kernels_and_threads_give_the_same_bits() {
+    let ids = tokens(150, 1);
+    each(|model_type, sizes, dtype| {
+        let generic = build(model_type, sizes, "generic-i2", 1);
+        let right = run(&*generic, &mut cache(&*generic, dtype), &ids);
+        for kernel in kernels::available(Isa::best().unwrap()) {
+            for threads in [1, 2, 3] {
+                let model = build(model_type, sizes, kernel.name(), threads);
+                let found = run(&*model, &mut cache(&*model, dtype), &ids);
+                assert!(found == right, "{model_type} {} {threads} threads", kernel.name());
+            }
+        }
+    });
+}
+
+#[test]
+fn chunks_and_single_tokens_give_the_bits_of_one_pass() {
+    let ids = tokens(150, 2);
+    each(|model_type, sizes, dtype| {
+        let model = build(model_type, sizes, kernels::available(Isa::best().unwrap())[0].name(), 2);
+        let right = run(&*model, &mut cache(&*model, dtype), &ids);
+        for chunk in [1, 2, 7, 16, 64, 129] {
+            let mut cache = cache(&*model, dtype);
+            let found: Vec<u32> =
+                ids.chunks(chunk).flat_map(|part| run(&*model, &mut cache, part)).collect();
+            assert!(found == right, "{model_type}, chunks of {chunk}");
+        }
+    });
+}
+
+#[test]
+fn a_ragged_batch_gives_the_bits_of_each_alone() {
+    each(|model_type, sizes, dtype| {
+        let model = build(model_type, sizes, kernels::available(Isa::best().unwrap())[0].name(), 2);
+        let lengths = [1, 40, 3, 1, 17, 90, 2, 1];
+        let sequences: Vec<_> = lengths
+            .iter()
+            .enumerate()
+            .map(|(i, &n)| (tokens(5 * i, i), tokens(n, 3 * i)))
+            .collect();
+        let mut right = Vec::new();
+        let mut last = Vec::new();
+        let mut caches = Vec::new();
+        for (prefix, ids) in &sequences {
+            let mut alone = cache(&*model, dtype);
+            let mut shared = cache(&*model, dtype);
+            if !prefix.is_empty() {
+                run(&*model, &mut alone, prefix);
+                run(&*model, &mut shared, prefix);
+            }
+            let rows = run(&*model, &mut alone, ids);
+            last.extend_from_slice(&rows[rows.len() - VOCAB..]);
+            right.extend(rows);
+            caches.push(shared);
+        }
+        for logits in [Logits::All, Logits::Last] {
+            let lengths: Vec<_> = caches.iter().map(KvCache::len).collect();
+            let mut batch: Vec<_> = sequences
+                .iter()
+                .zip(&mut caches)
+                .map(|((_, ids), cache)| Segment { tokens: ids, cache })
+                .collect();
+            let y = model.forward(&mut batch, logits).unwrap();
+            let found: Vec<u32> = y.into_iter().map(f32::to_bits).collect();
+            assert!(found == if logits == Logits::All { right.clone() } else { last.clone() });
+            // Truncated, the caches give the same again.
+            for (cache, length) in caches.iter_mut().zip(lengths) {
+                cache.truncate(length).unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_changes_nothing() {
+    let model = build("bitnet", SIZES[0], "generic-i2", 1);
+    let mut small = KvCache::new(model.kv_shape(), 4, KvDtype::F16).unwrap();
+    run(&*model, &mut small, &[1, 2]);
+    for tokens in [&[][..], &[VOCAB as u32], &[1, 2, 3]] {
+        let error = model
+            .forward(&mut [Segment { tokens, cache: &mut small }], Logits::Last)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("segment 0"), "{error}");
+        assert_eq!(small.len(), 2);
+    }
+    assert!(model.forward(&mut [], Logits::Last).is_err());
+    let other = build("bitnet", SIZES[1], "generic-i2", 1);
+    let mut foreign = cache(&*other, KvDtype::F16);
+    let mut good = cache(&*model, KvDtype::F16);
+    let mut batch =
+        [Segment { tokens: &[1], cache: &mut good }, Segment { tokens: &[1], cache: &mut foreign }];
+    assert!(model.forward(&mut batch, Logits::Last).is_err());
+    assert_eq!(good.len(), 0);
+}
+
+fn refused(change: impl Fn(&mut ConfigMap, &mut HashMap<String, Owned>)) -> String {
+    let mut config = config("bitnet", SIZES[0]);
+    let mut weights = weights("bitnet", SIZES[0]);
+    change(&mut config, &mut weights);
+    let machine = Machine::new(Some("generic-i2"), Some(1)).unwrap();
+    models::load(&config, &Random(weights), machine).err().expect("an error").to_string()
+}
+
+#[test]
+fn configs_that_cannot_be_run_are_refused_by_field() {
+    let text = |s: &str| Value::Str(s.to_owned());
+    let scaled = ConfigMap(
+        [("rope_type".to_owned(), text("llama3")), ("factor".to_owned(), Value::Float(8.0))].into(),
+    );
+    for (field, value, said) in [
+        ("model_type", text("gpt2"), "gpt2"),
+        ("hidden_act", text("gelu"), "gelu"),
+        ("hidden_act", Value::Null, "hidden_act"),
+        ("hidden_size", Value::Int(0), "hidden_size"),
+        ("hidden_size", Value::Int(1 << 40), "hidden_size"),
+        ("hidden_size", Value::Float(52.5), "52.5"),
+        ("head_dim", Value::Int(21), "even"),
+        ("num_key_value_heads", Value::Int(4), "divisor"),
+        ("rms_norm_eps", Value::Float(f64::NAN), "rms_norm_eps"),
+        ("rope_theta", Value::Float(0.0), "rope_theta"),
+        ("rope_scaling", Value::Map(scaled), "llama3"),
+        ("rope_scaling", text("linear"), "rope_scaling"),
+        ("partial_rotary_factor", Value::Float(0.5), "partial_rotary_factor"),
+        ("attention_bias", Value::Bool(true), "attention_bias"),
+        ("tie_word_embeddings", Value::Int(1), "tie_word_embeddings"),
+        ("vocab_size", Value::Int(38), "model.embed_tokens.weight"),
+    ] {
+        let error = refused(|config, _| {
+            config.0.insert(field.to_owned(), value.clone());
+        });
+        assert!(error.contains(said), "{field}: {error}");
+    }
+}
+
+#[test]
+fn tensors_that_do_not_fit_are_refused_by_name() {
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let scale = "model.layers.1.mlp.up_proj.weight_scale";
+    let trits =
+        |rows: usize, cols: usize, t: i8| Owned::Trits(vec![rows, cols], vec![t; rows * cols]);
+    let cases: Vec<(&str, Option<Owned>, &str)> = vec![
+        (name, None, "missing"),
+        (name, Some(trits(100, 51, 0)), "[100, 51]"),
+        (name, Some(trits(100, 52, 2)), "row 0 holds 2"),
+        (scale, None, "weight_scale"),
+        (scale, Some(Owned::Floats(vec![2], vec![1.0; 2])), "[2]"),
+        (scale, Some(Owned::Floats(vec![1], vec![f32::INFINITY])), "infinities"),
+        (name, Some(Owned::Floats(vec![100, 52], vec![0.5; 5200])), "without"),
+    ];
+    for (tensor, replacement, said) in cases {
+        let replacement = std::cell::RefCell::new(replacement);
+        let error = refused(|_, weights| {
+            weights.remove(tensor);
+            if let Some(owned) = replacement.borrow_mut().take() {
+                weights.insert(tensor.to_owned(), owned);
+            }
+        });
+        assert!(error.contains(said) && error.contains("layers.1.mlp.up_proj"), "{error}");
+    }
+    let error = refused(|_, weights| {
+        let bad = vec![f32::NAN; VOCAB * 52];
+        let name = "model.embed_tokens.weight".to_owned();
+        weights.insert(name, Owned::Floats(vec![VOCAB, 52], bad));
+    });
+    assert!(error.contains("embed_tokens") && error.contains("NaN"), "{error}");
+}
