@@ -73,7 +73,7 @@ pub trait Kernel: Send + Sync {
 pub struct Prepared {
     /// `q`, then zeros up to a multiple of 256 and 64 more, so that kernels
     /// may read whole registers past the last column.
-    values: Vec<i8>,
+    values: AlignedBytes,
     /// How many of `values` are columns.
     cols: usize,
     /// `sum(q)`, which turns sums over codes `t + 1` into sums over `t`.
@@ -94,9 +94,9 @@ impl Prepared {
     /// with one rounding some of them fall to the other side.
     pub fn quantize(&mut self, isa: Isa, x: &[f32]) {
         self.cols = x.len();
-        self.values.clear();
-        self.values.resize(x.len().next_multiple_of(256) + 64, 0);
-        let values = &mut self.values[..x.len()];
+        self.values.resize(x.len().next_multiple_of(256) + 64);
+        let (values, padding) = self.values.as_mut_i8().split_at_mut(x.len());
+        padding.fill(0);
         let (sum, divisor) = isa.vectorize(
             #[inline(always)]
             || {
@@ -124,13 +124,13 @@ impl Prepared {
     /// The quantized activations, one for each column.
     #[must_use]
     pub fn values(&self) -> &[i8] {
-        &self.values[..self.cols]
+        &self.values.as_i8()[..self.cols]
     }
 
     /// The quantized activations with their zero padding.
     #[must_use]
     fn padded(&self) -> &[i8] {
-        &self.values
+        self.values.as_i8()
     }
 
     /// Turns the exact integer sum `acc = sum(q * t)` of a row into its
@@ -144,18 +144,25 @@ impl Prepared {
 }
 
 /// Bytes that start on a cache line, so that no 64-byte load crosses two.
+#[derive(Clone, Debug, Default)]
 struct AlignedBytes {
     lines: Vec<Line>,
     len: usize,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
 impl AlignedBytes {
     fn zeroed(len: usize) -> Self {
         Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    }
+
+    /// Keeps what fits of the old content; the rest is zero or old.
+    fn resize(&mut self, len: usize) {
+        self.lines.resize(len.div_ceil(64), Line([0; 64]));
+        self.len = len;
     }
 
     fn as_slice(&self) -> &[u8] {
@@ -166,6 +173,16 @@ impl AlignedBytes {
 
     fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `&mut self` makes the borrow unique.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+
+    fn as_i8(&self) -> &[i8] {
+        // SAFETY: as in `as_slice`; every byte is an i8.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+
+    fn as_mut_i8(&mut self) -> &mut [i8] {
+        // SAFETY: as in `as_mut_slice`; every byte is an i8, and every i8 a byte.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 }

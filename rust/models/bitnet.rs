@@ -94,7 +94,7 @@ impl Bitnet {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             rope: Rope::new(dims.head_dim, dims.rope_theta),
-            embeddings: Embeddings::new(weights, &dims)?,
+            embeddings: Embeddings::new(weights, &machine, &dims)?,
             norm: vector(weights, "model.norm.weight", dims.hidden)?,
             layers,
             activation,
@@ -117,7 +117,7 @@ impl Bitnet {
         let (mut gate, mut up) = (zeros(d.intermediate)?, zeros(d.intermediate)?);
         let mut xs = vec![Prepared::default(); rows.len()];
 
-        embed(m, &self.embeddings.tokens, batch, &mut h);
+        embed(&self.embeddings.tokens, batch, &mut h);
         for (index, layer) in self.layers.iter().enumerate() {
             norm_prepare(m, &h, &layer.input_layernorm, eps, &mut xs);
             let products =

@@ -83,7 +83,7 @@ impl Llama {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             rope: Rope::new(dims.head_dim, dims.rope_theta),
-            embeddings: Embeddings::new(weights, &dims)?,
+            embeddings: Embeddings::new(weights, &machine, &dims)?,
             norm: vector(weights, "model.norm.weight", dims.hidden)?,
             layers,
             machine,
@@ -105,7 +105,7 @@ impl Llama {
         let (mut gate, mut up) = (zeros(d.intermediate)?, zeros(d.intermediate)?);
         let mut xs = vec![Prepared::default(); rows.len()];
 
-        embed(m, &self.embeddings.tokens, batch, &mut h);
+        embed(&self.embeddings.tokens, batch, &mut h);
         for (index, layer) in self.layers.iter().enumerate() {
             norm_prepare(m, &h, &layer.input_layernorm, eps, &mut xs);
             let products =

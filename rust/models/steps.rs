@@ -7,7 +7,7 @@ use super::{Dims, Machine, Segment};
 use crate::error::Error;
 use crate::kernels::Prepared;
 use crate::ops::attention::attend;
-use crate::ops::dense::DenseMatrix;
+use crate::ops::dense::{DenseMatrix, ROW_GROUP};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::rotate;
 
@@ -33,10 +33,10 @@ pub(super) fn buffer(rows: usize, width: usize) -> Result<Vec<f32>, Error> {
 }
 
 /// `out[row] = embedding of the row's token`.
-pub(super) fn embed(m: &Machine, table: &DenseMatrix, batch: &[Segment<'_>], out: &mut [f32]) {
+pub(super) fn embed(table: &DenseMatrix, batch: &[Segment<'_>], out: &mut [f32]) {
     let tokens = batch.iter().flat_map(|s| s.tokens);
     for (out, &token) in out.chunks_exact_mut(table.cols()).zip(tokens) {
-        table.row(m.isa, token as usize, out);
+        table.row(token as usize, out);
     }
 }
 
@@ -128,12 +128,15 @@ pub(super) fn logits(
     let xs: Vec<&[f32]> = normed.chunks_exact(width).collect();
     let mut y = buffer(wanted.len(), head.rows())?;
     if let [x] = xs[..] {
-        m.team.split(&mut y, 1, CHUNKS, |start, y| {
+        m.team.split(&mut y, ROW_GROUP, CHUNKS, |start, y| {
             head.multiply(m.isa, start..start + y.len(), &[x], &mut [y]);
         });
     } else {
-        let mut tasks: Vec<_> =
-            m.team.ranges(head.rows(), 1, CHUNKS).map(|range| (range, Vec::new())).collect();
+        let mut tasks: Vec<_> = m
+            .team
+            .ranges(head.rows(), ROW_GROUP, CHUNKS)
+            .map(|range| (range, Vec::new()))
+            .collect();
         for mut row in y.chunks_exact_mut(head.rows()) {
             for (range, parts) in &mut tasks {
                 let (part, rest) = row.split_at_mut(range.len());

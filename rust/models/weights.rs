@@ -5,7 +5,7 @@ use super::{Dims, Machine};
 use crate::error::{Error, invalid};
 use crate::floats::{Bf16, Element, F16};
 use crate::kernels::PackedMatrix;
-use crate::ops::dense::{DenseMatrix, Floats};
+use crate::ops::dense::{DenseMatrix, StoredFloats};
 use crate::ternary::{TernaryMatrix, abs_sum, absmean_row, absmean_scale};
 use crate::threads::Team;
 
@@ -100,6 +100,7 @@ pub(super) fn vector(weights: &dyn Weights, name: &str, len: usize) -> Result<Ve
 /// A float matrix, kept as stored.
 pub(super) fn dense(
     weights: &dyn Weights,
+    machine: &Machine,
     name: &str,
     rows: usize,
     cols: usize,
@@ -108,14 +109,15 @@ pub(super) fn dense(
     weights.visit(name, &mut |tensor| {
         named(name, check_shape(tensor, &[rows, cols]))?;
         let data = match tensor.data {
-            TensorData::F32(v) => Floats::F32(v.to_vec()),
-            TensorData::F16(v) => Floats::F16(v.iter().map(|&bits| F16(bits)).collect()),
-            TensorData::Bf16(v) => Floats::Bf16(v.iter().map(|&bits| Bf16(bits)).collect()),
+            TensorData::F32(v) => StoredFloats::F32(v),
+            TensorData::F16(v) => StoredFloats::F16(v),
+            TensorData::Bf16(v) => StoredFloats::Bf16(v),
             TensorData::I8(_) => {
                 return named(name, Err(invalid!("has dtype int8; wanted floats")));
             }
         };
-        out = Some(named(name, DenseMatrix::new(rows, cols, data))?);
+        let team = &machine.team;
+        out = Some(named(name, team.run(|| DenseMatrix::new(rows, cols, data, team))?)?);
         Ok(())
     })?;
     out.ok_or_else(|| Error::MissingTensor(name.to_owned()))
@@ -233,12 +235,10 @@ pub(super) struct Embeddings {
 }
 
 impl Embeddings {
-    pub(super) fn new(weights: &dyn Weights, dims: &Dims) -> Result<Self, Error> {
-        let tokens = dense(weights, "model.embed_tokens.weight", dims.vocab, dims.hidden)?;
-        let head = match dims.tied {
-            true => None,
-            false => Some(dense(weights, "lm_head.weight", dims.vocab, dims.hidden)?),
-        };
+    pub(super) fn new(weights: &dyn Weights, m: &Machine, dims: &Dims) -> Result<Self, Error> {
+        let matrix = |name| dense(weights, m, name, dims.vocab, dims.hidden);
+        let tokens = matrix("model.embed_tokens.weight")?;
+        let head = if dims.tied { None } else { Some(matrix("lm_head.weight")?) };
         Ok(Self { tokens, head })
     }
 

@@ -28,8 +28,9 @@ use crate::kv_cache::{HeadKv, KvCache, KvElement, PAGE, Storage};
 /// few enough that scores and weights stay in L1. A page of the cache.
 pub const KEY_BLOCK: usize = PAGE;
 
-/// Query heads that share the loads of keys and values: four chains hide the
-/// latency of a fused multiply-add.
+/// Query heads that share the loads of keys and values. Together with tiles of
+/// registers (16 keys, or 16 dimensions) there are 8 chains of multiply-adds,
+/// or 4 where a head stands alone: enough to hide their latency.
 const HEAD_TILE: usize = 4;
 
 /// Attends with the query heads `q` (each `head_dim` long, already turned by
@@ -73,18 +74,18 @@ impl<E: KvElement> LaneOp for Attend<'_, E> {
         let tile = HEAD_TILE * head_dim;
         let tiles = q.len() / tile * tile;
         for (q, out) in q[..tiles].chunks_exact(tile).zip(out[..tiles].chunks_exact_mut(tile)) {
-            attend_tile::<HEAD_TILE, E, L>(lanes, q, kv, head_dim, n_keys, out);
+            attend_tile::<HEAD_TILE, 2, E, L>(lanes, q, kv, head_dim, n_keys, out);
         }
         let rest = q[tiles..].chunks_exact(head_dim).zip(out[tiles..].chunks_exact_mut(head_dim));
         for (q, out) in rest {
-            attend_tile::<1, E, L>(lanes, q, kv, head_dim, n_keys, out);
+            attend_tile::<1, 4, E, L>(lanes, q, kv, head_dim, n_keys, out);
         }
     }
 }
 
-/// `H` query heads at once.
+/// `H` query heads at once, with tiles of `R` registers.
 #[inline(always)]
-fn attend_tile<const H: usize, E: KvElement, L: Lanes>(
+fn attend_tile<const H: usize, const R: usize, E: KvElement, L: Lanes>(
     lanes: L,
     q: &[f32],
     kv: &HeadKv<E>,
@@ -101,7 +102,7 @@ fn attend_tile<const H: usize, E: KvElement, L: Lanes>(
     for (b, first) in (0..n_keys).step_by(KEY_BLOCK).enumerate() {
         let n = KEY_BLOCK.min(n_keys - first);
         let page = kv.page(b);
-        scores(lanes, q, &page.keys, head_dim, n, scale, &mut p);
+        scores::<H, R, E, L>(lanes, q, &page.keys, head_dim, n, scale, &mut p);
         // What the block adds to: its own maximum if it is the first.
         let mut keep = [0f32; H];
         let mut gain = [1f32; H];
@@ -116,15 +117,19 @@ fn attend_tile<const H: usize, E: KvElement, L: Lanes>(
                 max[h] = new;
             }
         }
-        for c in 0..width {
-            let acc = weighted_values(lanes, &p, &page.values[c..], width, n);
-            let dims = LANES.min(head_dim - c * LANES);
-            for h in 0..H {
-                let out = &mut out[h * head_dim + c * LANES..][..dims];
-                for (o, &a) in out.iter_mut().zip(&acc[h]) {
-                    *o = if b == 0 { a } else { o.mul_add(keep[h], a * gain[h]) };
-                }
+        let p: [&[f32]; H] = std::array::from_fn(|h| &p[h].as_flattened()[..n]);
+        let mut c = 0;
+        while c + R <= width {
+            let tiles = weighted_values::<H, R, E, L>(lanes, p, &page.values, width, c);
+            for (i, acc) in tiles.iter().enumerate() {
+                merge(out, acc, head_dim, c + i, b == 0, keep, gain);
             }
+            c += R;
+        }
+        while c < width {
+            let [acc] = weighted_values::<H, 1, E, L>(lanes, p, &page.values, width, c);
+            merge(out, &acc, head_dim, c, b == 0, keep, gain);
+            c += 1;
         }
     }
     for (out, sum) in out.chunks_exact_mut(head_dim).zip(sum) {
@@ -135,9 +140,29 @@ fn attend_tile<const H: usize, E: KvElement, L: Lanes>(
     }
 }
 
+/// Adds a block's sums over values, for the dimensions of register `c`.
+#[inline(always)]
+fn merge<const H: usize>(
+    out: &mut [f32],
+    acc: &[[f32; LANES]; H],
+    head_dim: usize,
+    c: usize,
+    first: bool,
+    keep: [f32; H],
+    gain: [f32; H],
+) {
+    let dims = LANES.min(head_dim - c * LANES);
+    for h in 0..H {
+        let out = &mut out[h * head_dim + c * LANES..][..dims];
+        for (o, &a) in out.iter_mut().zip(&acc[h]) {
+            *o = if first { a } else { o.mul_add(keep[h], a * gain[h]) };
+        }
+    }
+}
+
 /// Scaled scores of `n` keys, 16 at a time; lanes past `n` hold leftovers.
 #[inline(always)]
-fn scores<const H: usize, E: KvElement, L: Lanes>(
+fn scores<const H: usize, const R: usize, E: KvElement, L: Lanes>(
     l: L,
     q: &[f32],
     keys: &[[E; LANES]],
@@ -147,18 +172,46 @@ fn scores<const H: usize, E: KvElement, L: Lanes>(
     p: &mut [[[f32; LANES]; KEY_BLOCK / LANES]; H],
 ) {
     let q: [&[f32]; H] = std::array::from_fn(|h| &q[h * head_dim..][..head_dim]);
-    for (g, keys) in keys.chunks_exact(head_dim).take(n.div_ceil(LANES)).enumerate() {
-        let mut acc = [l.splat(0.0); H];
-        for (d, k) in keys.iter().enumerate() {
-            let k = E::load(l, k);
+    let groups = n.div_ceil(LANES);
+    let mut g = 0;
+    while g + R <= groups {
+        let tiles = dots::<H, R, E, L>(l, q, &keys[g * head_dim..], head_dim);
+        for r in 0..R {
             for h in 0..H {
-                acc[h] = l.fma(k, l.splat(q[h][d]), acc[h]);
+                p[h][g + r] = l.to_array(tiles[r][h]).map(|s| s * scale);
             }
         }
+        g += R;
+    }
+    while g < groups {
+        let [acc] = dots::<H, 1, E, L>(l, q, &keys[g * head_dim..], head_dim);
         for h in 0..H {
             p[h][g] = l.to_array(acc[h]).map(|s| s * scale);
         }
+        g += 1;
     }
+}
+
+/// Dot products of `H` queries with `R` groups of 16 keys.
+#[inline(always)]
+fn dots<const H: usize, const R: usize, E: KvElement, L: Lanes>(
+    l: L,
+    q: [&[f32]; H],
+    keys: &[[E; LANES]],
+    head_dim: usize,
+) -> [[L::V; H]; R] {
+    let keys: [&[[E; LANES]]; R] = std::array::from_fn(|r| &keys[r * head_dim..(r + 1) * head_dim]);
+    let mut acc = [[l.splat(0.0); H]; R];
+    for d in 0..head_dim {
+        let k: [L::V; R] = std::array::from_fn(|r| E::load(l, &keys[r][d]));
+        for h in 0..H {
+            let q = l.splat(q[h][d]);
+            for r in 0..R {
+                acc[r][h] = l.fma(k[r], q, acc[r][h]);
+            }
+        }
+    }
+    acc
 }
 
 /// Turns the scores of a block into weights; their maximum and sum.
@@ -181,22 +234,25 @@ fn weights(p: &mut [[f32; LANES]; KEY_BLOCK / LANES], n: usize) -> (f32, f32) {
     (max, tree_sum(lanes))
 }
 
-/// `sum_j p[j] * values[j]` over `n` keys, for 16 dimensions.
+/// `sum_j p[j] * values[j]` for `R` times 16 dimensions from register `c` on.
 #[inline(always)]
-fn weighted_values<const H: usize, E: KvElement, L: Lanes>(
+fn weighted_values<const H: usize, const R: usize, E: KvElement, L: Lanes>(
     l: L,
-    p: &[[[f32; LANES]; KEY_BLOCK / LANES]; H],
+    p: [&[f32]; H],
     values: &[[E; LANES]],
     width: usize,
-    n: usize,
-) -> [[f32; LANES]; H] {
-    let p: [&[f32]; H] = std::array::from_fn(|h| &p[h].as_flattened()[..n]);
-    let mut acc = [l.splat(0.0); H];
-    for (j, v) in values.iter().step_by(width).take(n).enumerate() {
-        let v = E::load(l, v);
+    c: usize,
+) -> [[[f32; LANES]; H]; R] {
+    let mut acc = [[l.splat(0.0); H]; R];
+    for (j, row) in values.chunks_exact(width).take(p[0].len()).enumerate() {
+        let row = &row[c..c + R];
+        let v: [L::V; R] = std::array::from_fn(|r| E::load(l, &row[r]));
         for h in 0..H {
-            acc[h] = l.fma(v, l.splat(p[h][j]), acc[h]);
+            let p = l.splat(p[h][j]);
+            for r in 0..R {
+                acc[r][h] = l.fma(v[r], p, acc[r][h]);
+            }
         }
     }
-    acc.map(|v| l.to_array(v))
+    acc.map(|heads| heads.map(|v| l.to_array(v)))
 }

@@ -3,13 +3,13 @@
 
 use super::activation::{Activation, add, gate_up};
 use super::attention::{KEY_BLOCK, attend};
-use super::dense::{DenseMatrix, Floats};
+use super::dense::{DenseMatrix, ROW_GROUP, StoredFloats};
 use super::exp::exp_in_place;
 use super::rms_norm::rms_norm;
 use super::rope::{Rope, rotate};
 use crate::cpu::Isa;
-use crate::floats::{Bf16, F16};
 use crate::kv_cache::{KvCache, KvDtype, KvShape};
+use crate::threads::Team;
 
 /// Values of very different sizes, subnormals and zeros among them.
 fn values(n: usize, seed: u64) -> Vec<f32> {
@@ -119,17 +119,24 @@ fn rope_is_the_same_everywhere() {
 #[test]
 fn the_head_is_the_same_everywhere_and_right() {
     for cols in WIDTHS {
-        let rows = 11; // two tiles and three single rows
+        let rows = 11; // two groups and a part of one
         let w = values(rows * cols, 7);
-        let stored = [
-            Floats::F32(w.clone()),
-            Floats::F16(w.iter().map(|&v| F16(half::f16::from_f32(v).to_bits())).collect()),
-            Floats::Bf16(w.iter().map(|&v| Bf16(half::bf16::from_f32(v).to_bits())).collect()),
-        ];
+        let half: Vec<u16> = w.iter().map(|&v| half::f16::from_f32(v).to_bits()).collect();
+        let brain: Vec<u16> = w.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
         let xs: Vec<Vec<f32>> = (0..3).map(|t| values(cols, 8 + t)).collect();
         let xs: Vec<&[f32]> = xs.iter().map(Vec::as_slice).collect();
-        for data in stored {
-            let matrix = DenseMatrix::new(rows, cols, data).unwrap();
+        for (data, right_row) in [
+            (StoredFloats::F32(&w), w.clone()),
+            (
+                StoredFloats::F16(&half),
+                half.iter().map(|&b| half::f16::from_bits(b).to_f32()).collect(),
+            ),
+            (
+                StoredFloats::Bf16(&brain),
+                brain.iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect(),
+            ),
+        ] {
+            let matrix = DenseMatrix::new(rows, cols, data, &Team::new(Some(1)).unwrap()).unwrap();
             let y = same_bits("head", |isa| {
                 let mut y = vec![0f32; 3 * rows];
                 let mut parts: Vec<&mut [f32]> = y.chunks_mut(rows).collect();
@@ -138,18 +145,22 @@ fn the_head_is_the_same_everywhere_and_right() {
             });
             let mut row = vec![0f32; cols];
             for r in 0..rows {
-                matrix.row(Isa::GENERIC, r, &mut row);
+                matrix.row(r, &mut row);
+                assert_eq!(row, right_row[r * cols..][..cols]);
                 for (t, x) in xs.iter().enumerate() {
                     let terms = row.iter().zip(*x).map(|(&w, &x)| f64::from(w) * f64::from(x));
                     let (right, size) = terms.fold((0.0, 0.0), |(s, a), v| (s + v, a + v.abs()));
                     let error = (f64::from(y[t * rows + r]) - right).abs();
                     assert!(error <= 1e-5 * size + 1e-37, "{error} at {r}, {cols} columns");
                 }
-                // A part of the rows, one input: the same bits again.
-                let mut part = [0f32];
-                matrix.multiply(Isa::GENERIC, r..r + 1, &xs[..1], &mut [&mut part]);
-                assert_eq!(part[0].to_bits(), y[r].to_bits());
             }
+            // A part of the rows, one input: the same bits again.
+            let mut part = [0f32; 3];
+            matrix.multiply(Isa::GENERIC, 2 * ROW_GROUP..rows, &xs[..1], &mut [&mut part]);
+            assert_eq!(
+                part.map(f32::to_bits)[..],
+                y[2 * ROW_GROUP..rows].iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+            );
         }
     }
 }

@@ -134,7 +134,14 @@ fn dot_tile<const T: usize>(group: &[u8], xs: [&Prepared; T]) -> [[i32; T]; ROWS
         }
         widen(&mut acc, acc16);
     }
-    acc.map(|row| row.map(|lanes| reduce(lanes)))
+    // Loops, not `map`: a closure that is not inlined loses the instruction set.
+    let mut sums = [[0; T]; ROWS];
+    for i in 0..ROWS {
+        for t in 0..T {
+            sums[i][t] = reduce(acc[i][t]);
+        }
+    }
+    sums
 }
 
 /// Adds int16 sums to int32 sums.

@@ -131,12 +131,15 @@ fn dot_masked(group: &[u8], x: &Prepared) -> [i32; ROWS] {
             }
         }
     }
-    acc.map(|[a, b, c, d]| {
+    let mut sums = [0; ROWS];
+    for i in 0..ROWS {
+        let [a, b, c, d] = acc[i];
         // Lane by lane: each lane of field f is a multiple of 4^f.
         let ab = _mm512_add_epi32(a, _mm512_srai_epi32::<2>(b));
         let cd = _mm512_add_epi32(_mm512_srai_epi32::<4>(c), _mm512_srai_epi32::<6>(d));
-        _mm512_reduce_add_epi32(_mm512_add_epi32(ab, cd))
-    })
+        sums[i] = _mm512_reduce_add_epi32(_mm512_add_epi32(ab, cd));
+    }
+    sums
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -181,7 +184,14 @@ fn dot_tile(group: &[u8], xs: [&Prepared; TOKENS]) -> [[i32; TOKENS]; ROWS] {
         let q: [&[i8]; TOKENS] = std::array::from_fn(|t| &qs[t][blocks * BLOCK_COLS..]);
         tile_block(&mut acc, codes, q, layout.tail);
     }
-    acc.map(|row| row.map(|lanes| _mm512_reduce_add_epi32(lanes)))
+    // Loops, not `map`: a closure that is not inlined loses the instruction set.
+    let mut sums = [[0; TOKENS]; ROWS];
+    for i in 0..ROWS {
+        for t in 0..TOKENS {
+            sums[i][t] = _mm512_reduce_add_epi32(acc[i][t]);
+        }
+    }
+    sums
 }
 
 /// Adds one block, whose fields are `step` columns apart.
