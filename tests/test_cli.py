@@ -412,7 +412,7 @@ def test_info_of_a_model_without_tokenizer(here: Here, tmp_path: Path) -> None:
 
 
 def test_verify(here: Here) -> None:
-    outcome = here("verify", "--golden", str(DATA / "demo" / "golden.npz"))
+    outcome = here("verify")
     assert outcome.code == 0, outcome
     lines = outcome.out.splitlines()
     assert all(line.startswith("ok ") for line in lines[:-1])

@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[br.Model]:
 
 
 def golden_of(model: br.Model) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    folder = DATA / Path(model.name).name
+    folder = model.checkpoint.path
     facts = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
     with np.load(folder / "golden.npz") as arrays:
         return facts, dict(arrays)
@@ -79,9 +79,9 @@ def test_greedy_tokens(model: br.Model, i: int) -> None:
 @pytest.fixture(scope="module")
 def heldout() -> tuple[dict[str, Any], NDArray[np.uint32]]:
     """The protocol's facts and token ids."""
-    facts = json.loads((DATA / "demo" / "golden.json").read_text(encoding="utf-8"))["heldout"]
     text = lzma.decompress((DATA / "demo" / "heldout.txt.xz").read_bytes()).decode()
     with br.load("demo") as model:
+        facts = golden_of(model)[0]["heldout"]
         ids = model.encode(text, add_special_tokens=False)[: facts["tokens"]]
     assert ids[:16] == facts["first_16_ids"]
     assert ids[-4:] == facts["last_4_ids"]

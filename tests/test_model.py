@@ -112,7 +112,7 @@ def test_bad_arguments_of_load(arguments: Any, message: str) -> None:
 
 
 def test_greedy_text(model: br.Model) -> None:
-    # The beginning of greedy_text in tests/data/demo/golden.json.
+    # The beginning of greedy_text in the model's golden.json.
     assert model.generate(PROMPTS[0], **GREEDY) == ' a very good deal.\n"Certainly, sir," said I,'
 
 
@@ -590,9 +590,9 @@ def test_chat_refuses_empty_text_and_missing_templates(model: br.Model, tmp_path
 def test_weights_are_counted_for_the_progress_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bitnet_rs import model as module
+    from bitnet_rs.loaders import progress
 
-    monkeypatch.setattr(module, "_PROGRESS_BYTES", 0)
+    monkeypatch.setattr(progress, "_PROGRESS_BYTES", 0)
     br.load()
     assert capsys.readouterr().err == ""  # not a terminal
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

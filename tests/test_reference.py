@@ -16,7 +16,7 @@ MODELS = ["bitnet-online", "bitnet-packed", "llama-packed", "demo"]
 @pytest.mark.parametrize("model", MODELS)
 def test_logits_are_those_of_transformers(model: str, prompt: int) -> None:
     checkpoint = open_checkpoint("demo" if model == "demo" else DATA / model)
-    with np.load(DATA / model / "golden.npz") as golden:
+    with np.load(checkpoint.path / "golden.npz") as golden:
         ids, wanted = golden[f"ids_{prompt}"], golden[f"logits_{prompt}"]
     logits = _reference.forward(checkpoint.core_config, checkpoint.weights, ids)
     assert logits.dtype == np.float32

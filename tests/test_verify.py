@@ -76,6 +76,8 @@ def test_demo_passes() -> None:
         *(f"kernel {kernel} = {scalar}" for kernel in fast),
         "threads 1 = 2",
         "threads 3 = 2",
+        "golden logits",
+        "golden greedy tokens",
     ):
         assert name in names
     content = json.loads(json.dumps(report.to_dict()))
@@ -100,14 +102,20 @@ def test_golden_logits_beside_the_weights_are_compared(name: str) -> None:
     assert checks["golden logits"].ok, checks["golden logits"].detail
 
 
-def test_golden_logits_of_demo() -> None:
-    with bitnet_rs.load() as model:
-        report = verify.run(model, golden=DATA / "demo" / "golden.npz")
-    assert [check.name for check in report.checks if check.name.startswith("golden")] == [
+def test_golden_logits_elsewhere_are_compared_if_named(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(DATA / "bitnet-packed" / name, tmp_path)
+    with bitnet_rs.load(tmp_path, threads=1) as model:
+        without = verify.run(model)
+        golden = verify.run(model, golden=DATA / "bitnet-packed" / "golden.npz")
+    names = [check.name for check in without.checks]
+    assert not any(name.startswith("golden") for name in names)
+    assert [check.name for check in golden.checks] == [
+        *names,
         "golden logits",
         "golden greedy tokens",
     ]
-    assert report.ok, report.checks
+    assert golden.ok, golden.checks
 
 
 def test_nothing_fails_unspoiled() -> None:

@@ -11,7 +11,8 @@ This file is the public API and nothing else: it re-exports names.
 from bitnet_rs._core import __version__
 from bitnet_rs.chat import Chat
 from bitnet_rs.completion import Completion, Stream, Timings, TokenLogprob, Usage
-from bitnet_rs.model import Info, Model, info, load
+from bitnet_rs.machine import Info, info
+from bitnet_rs.model import Model, load
 from bitnet_rs.sampling import SamplingParams
 
 __all__ = [

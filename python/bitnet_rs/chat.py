@@ -14,11 +14,12 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Unpack
 
 from bitnet_rs.completion import Reply, Stream, run
-from bitnet_rs.engine import Engine, Running
+from bitnet_rs.engine import Engine, Running, check_ids
 
 if TYPE_CHECKING:
     from bitnet_rs import _core
-    from bitnet_rs.model import Model, Options
+    from bitnet_rs.model import Model
+    from bitnet_rs.options import Options
 
 
 class Chat:
@@ -82,7 +83,8 @@ class Chat:
         user = {"role": "user", "content": text}
         prompt = model.tokenizer.apply_chat_template([*self.messages, user])
         # The template writes BOS itself.
-        ids = model.check_ids(model.encode(prompt, add_special_tokens=False), "the conversation")
+        encoded = model.encode(prompt, add_special_tokens=False)
+        ids = check_ids(encoded, model.vocab_size, "the conversation")
         settings = model.settings(**options)
         request = model.request(
             ids,

@@ -217,6 +217,16 @@ def run(engine: Engine, replies: Sequence[Reply]) -> Generator[tuple[Reply, str]
         engine.close()
 
 
+def texts(engine: Engine, reply: Reply) -> Generator[str, None, None]:
+    """Runs the engine for a single reply, piece by piece; closing it closes the engine with it."""
+    pieces = run(engine, [reply])
+    try:
+        for _, piece in pieces:
+            yield piece
+    finally:
+        pieces.close()
+
+
 class Stream(Iterator[str]):
     """Pieces of text as they are generated. Closing it cancels the generation.
 

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,34 @@ PREFILL_TOKENS = 256
 MAX_SEQUENCES = 16
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+def check_ids(
+    ids: Sequence[int] | NDArray[np.integer[Any]], vocab_size: int, name: str
+) -> NDArray[np.uint32]:
+    """Token ids as `Request` and the core take them.
+
+    Raises:
+        ValueError: There are none, or one is not in the vocabulary; `name` names them.
+    """
+    try:
+        array = np.asarray(ids)
+    except (ValueError, OverflowError):  # ragged lists; integers beyond 64 bits
+        raise ValueError(f"{name} is not a flat sequence of token ids") from None
+    if array.size == 0:
+        raise ValueError(f"{name} has no tokens; wanted at least one")
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"{name} has the shape {array.shape} and holds {array.dtype}; wanted integers "
+            "along one axis"
+        )
+    wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if len(wrong):
+        raise ValueError(
+            f"{name} has the token id {array[wrong[0]]} at position {wrong[0]}; wanted ids "
+            f"from 0 to {vocab_size - 1}"
+        )
+    return np.ascontiguousarray(array, np.uint32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Facts about the machine: cores, CPU name, memory, for defaults and for reports.
 
-For `model.load` (how many threads), `bench` and `info`. It is apart because it reads
+For `machine.py` (how many threads), `bench` and `info`. It is apart because it reads
 the operating system and nothing else: no other module of this package is imported
 here, and every reader of `/sys`, `/proc` or cgroup files takes its folder as an
 argument, so that a test can hand in a made-up machine.

@@ -17,7 +17,7 @@ from bitnet_rs.cli import common
 
 if TYPE_CHECKING:
     from bitnet_rs import Chat
-    from bitnet_rs.model import Options
+    from bitnet_rs.options import Options
 
 _HELP = """\
 /help            this list

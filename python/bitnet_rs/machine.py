@@ -1,0 +1,124 @@
+"""How this machine is used: threads and kernel, chosen and reported.
+
+For `load`, which asks with its arguments, and for `info`, which shows what `load` would do
+without any. Apart from `system.py`, which only reads what the operating system says: here an
+argument goes before the environment, the environment before a default, and the core says
+which kernels the CPU can run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from bitnet_rs import _core, system
+
+# More is a slip of the keyboard, not a machine.
+_MAX_THREADS: Final = 1024
+
+
+def choose_threads(threads: int | None) -> int:
+    """How many threads to compute with: argument, environment, physical cores."""
+    if threads is not None:
+        if type(threads) is int and 1 <= threads <= _MAX_THREADS:
+            return threads
+        raise ValueError(f"threads is {threads!r}; wanted an integer from 1 to {_MAX_THREADS}")
+    text = os.environ.get("BITNET_RS_THREADS", "").strip()
+    if not text:
+        return system.default_threads()
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_THREADS:
+        return int(text)
+    raise ValueError(
+        f"the environment variable BITNET_RS_THREADS is {text!r}; wanted an integer from 1 to "
+        f"{_MAX_THREADS}, or nothing for one thread per physical core"
+    )
+
+
+def choose_kernel(kernel: str) -> str | None:
+    """Name of the kernel to use, None for the fastest: argument, environment."""
+    source = "kernel"
+    if kernel == "auto":
+        kernel = os.environ.get("BITNET_RS_KERNEL", "").strip() or "auto"
+        source = "the environment variable BITNET_RS_KERNEL"
+    if kernel == "auto":
+        return None
+    available = _core.kernels()
+    if kernel not in available:
+        raise ValueError(
+            f"{source} is {kernel!r}; this CPU can run {', '.join(available)}, or auto for the "
+            "fastest"
+        )
+    return kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What `info` found. Printed, it is a small table.
+
+    Attributes:
+        version: Of bitnet-rs.
+        build_profile: `release`, or `debug`, which is many times slower.
+        cpu: Name of the processor.
+        cpu_features: Instruction sets in use.
+        kernels: Kernels this CPU can run, fastest first.
+        kernel: The one that `load` would use.
+        threads: How many threads `load` would use.
+        versions: Of Python and of the packages below, by name.
+    """
+
+    version: str
+    build_profile: str
+    cpu: str
+    cpu_features: tuple[str, ...]
+    kernels: tuple[str, ...]
+    kernel: str
+    threads: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values, ready for `json.dumps`."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = {
+            "bitnet-rs": f"{self.version} ({self.build_profile})",
+            "cpu": self.cpu,
+            "features": " ".join(self.cpu_features) or "none used",
+            "kernels": ", ".join(self.kernels),
+            "kernel": self.kernel,
+            "threads": str(self.threads),
+            "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
+        }
+        return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
+
+
+def info() -> Info:
+    """CPU features, kernels, threads and versions: what to put into a bug report.
+
+    Raises:
+        ValueError: BITNET_RS_THREADS or BITNET_RS_KERNEL has a value that can't be used.
+    """
+    import platform
+    from importlib import metadata
+
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    for package in ("tokenizers", "safetensors", "huggingface_hub"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    kernels = tuple(_core.kernels())
+    return Info(
+        version=_core.__version__,
+        build_profile=_core.build_profile,
+        cpu=system.cpu_name(),
+        cpu_features=tuple(_core.cpu_features()),
+        kernels=kernels,
+        kernel=choose_kernel("auto") or kernels[0],
+        threads=choose_threads(None),
+        versions=versions,
+    )
