@@ -53,6 +53,9 @@ bench: $(CORE)  ## Benchmarks: criterion, then pytest-benchmark
 	cargo bench --locked
 	$(BIN)/python -m pytest benches --benchmark-only
 
+bench-results: $(CORE)  ## Measure what docs/performance.md quotes (quiet machine, 10 minutes)
+	$(BIN)/python benches/record.py
+
 wheel: rust $(BIN)/maturin  ## Build a wheel into dist/
 	$(BIN)/maturin build --release --locked --out dist
 

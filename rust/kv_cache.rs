@@ -14,6 +14,7 @@
 //! costs what it holds, and running out of memory is an error like any other.
 
 use std::collections::TryReserveError;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, invalid};
 use crate::floats::{F16, LANES};
@@ -52,9 +53,25 @@ impl KvDtype {
     }
 }
 
-/// What a cache holds for each position; part of a model.
+/// A number that no other model in this process has. Keys and values of one
+/// model mean nothing to another, even of the same shape.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ModelId(u64);
+
+impl ModelId {
+    /// One that was never given out.
+    #[must_use]
+    pub fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// Whose keys and values a cache holds, and what for each position.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct KvShape {
+    /// The model they belong to.
+    pub model: ModelId,
     /// Layers.
     pub n_layers: usize,
     /// Key/value heads of a layer.
@@ -284,7 +301,7 @@ mod tests {
 
     #[test]
     fn truncates_only_downwards() {
-        let shape = KvShape { n_layers: 1, n_kv_heads: 1, head_dim: 4 };
+        let shape = KvShape { model: ModelId::next(), n_layers: 1, n_kv_heads: 1, head_dim: 4 };
         let mut cache = KvCache::new(shape, 3, KvDtype::F16).unwrap();
         assert!(cache.reserve(4).is_err());
         cache.reserve(2).unwrap();

@@ -42,8 +42,11 @@ impl From<Error> for PyErr {
     }
 }
 
-/// A config dict, without its lists.
-fn config_map(dict: &Bound<'_, PyMapping>) -> PyResult<ConfigMap> {
+/// Objects in objects that are read; no field that the core asks for is deeper.
+const CONFIG_DEPTH: usize = 3;
+
+/// A config dict, without its lists and what is nested too deep.
+fn config_map(dict: &Bound<'_, PyMapping>, depth: usize) -> PyResult<ConfigMap> {
     let mut map = ConfigMap::default();
     for item in dict.items()?.iter() {
         let (key, value): (Bound<'_, PyAny>, Bound<'_, PyAny>) = item.extract()?;
@@ -59,8 +62,10 @@ fn config_map(dict: &Bound<'_, PyMapping>) -> PyResult<ConfigMap> {
             Value::Float(value.extract()?)
         } else if value.is_instance_of::<PyString>() {
             Value::Str(value.extract()?)
-        } else if let Ok(inner) = value.cast::<PyMapping>() {
-            Value::Map(config_map(inner)?)
+        } else if depth < CONFIG_DEPTH
+            && let Ok(inner) = value.cast::<PyMapping>()
+        {
+            Value::Map(config_map(inner, depth + 1)?)
         } else {
             Value::Other(format!("a {}", value.get_type().name()?))
         };
@@ -90,7 +95,12 @@ impl Weights for PyWeights<'_, '_> {
 
     fn visit(&self, name: &str, visit: &mut Visit<'_>) -> Result<(), Error> {
         let py = self.mapping.py();
-        let array = self.mapping.get_item(name).map_err(|e| self.fail(e))?;
+        let array = self.mapping.get_item(name).map_err(|e| {
+            // A plain dict says the key and nothing else; a loader says more.
+            let bare = e.is_instance_of::<PyKeyError>(py)
+                && e.value(py).str().is_ok_and(|s| s.to_string() == format!("'{name}'"));
+            if bare { Error::MissingTensor(name.to_owned()) } else { self.fail(e) }
+        })?;
         let array = array
             .cast::<PyUntypedArray>()
             .map_err(|_| invalid!("tensor {name:?} is not a numpy array; wanted one"))?;
@@ -147,7 +157,7 @@ impl PyModel {
         threads: Option<usize>,
     ) -> PyResult<Self> {
         let machine = Machine::new(kernel, threads)?;
-        let config = config_map(config)?;
+        let config = config_map(config, 0)?;
         let weights = PyWeights { mapping: weights, failure: RefCell::new(None) };
         match models::load(&config, &weights, machine) {
             Ok(model) => Ok(Self(model)),
@@ -362,6 +372,9 @@ fn _absmean<'py>(
     w: PyReadonlyArray2<'py, f32>,
 ) -> PyResult<(Bound<'py, PyArray2<i8>>, f32)> {
     let (rows, cols, w) = matrix("w", &w)?;
+    if w.is_empty() {
+        return Err(invalid!("w is {rows} x {cols}; wanted at least one element").into());
+    }
     let team = Team::new(Some(1))?;
     let (trits, scale) = py.detach(|| models::absmean_matrix(&team, w, |&x| x, rows, cols))?;
     Ok((trits.into_pyarray(py).reshape([rows, cols])?, scale))

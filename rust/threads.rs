@@ -16,8 +16,8 @@ use crate::error::{Error, invalid};
 /// More threads than this is a mistake, not a machine.
 const MAX_THREADS: usize = 1024;
 
-/// A fixed number of threads. They start on first use, so that a process may
-/// fork between loading a model and using it.
+/// A fixed number of threads, started on first use. They do not survive a
+/// fork: a process that forks after that is told so.
 pub struct Team {
     threads: usize,
     pool: OnceLock<Result<Pool, Error>>,
@@ -41,6 +41,12 @@ impl Team {
             return Err(invalid!("threads is {threads}; wanted 1 to {MAX_THREADS}"));
         }
         Ok(Self { threads, pool: OnceLock::new() })
+    }
+
+    /// The same team with no thread started.
+    #[must_use]
+    pub fn stopped(self) -> Self {
+        Self { threads: self.threads, pool: OnceLock::new() }
     }
 
     /// How many threads compute.
@@ -70,7 +76,7 @@ impl Team {
         if pool.process != std::process::id() {
             return Err(Error::State(
                 "this model was used before the process forked, and its threads did not survive; \
-                 load the model after the fork"
+                 fork before the first use, load the model after the fork, or use threads=1"
                     .to_owned(),
             ));
         }
@@ -128,12 +134,16 @@ impl Team {
 /// buffer that should be far larger than the caches.
 ///
 /// # Errors
-/// Threads that cannot be started; a buffer of less than 1 MB.
+/// Threads that cannot be started, a buffer of less than 1 MiB, no memory for it.
 pub fn read_bandwidth(team: &Team, isa: Isa, n_bytes: usize) -> Result<f64, Error> {
     if !(1 << 20..=1 << 36).contains(&n_bytes) {
         return Err(invalid!("n_bytes is {n_bytes}; wanted 1 MiB to 64 GiB"));
     }
-    let mut memory = vec![1u64; n_bytes / 8];
+    let mut memory: Vec<u64> = Vec::new();
+    memory.try_reserve_exact(n_bytes / 8).map_err(|_| {
+        Error::State(format!("no memory for a buffer of {n_bytes} bytes; pass a smaller n_bytes"))
+    })?;
+    memory.resize(n_bytes / 8, 1);
     team.run(|| {
         let mut speeds = [0f64; 7];
         for speed in &mut speeds {

@@ -211,6 +211,7 @@ def test_report(tiny: _core.Model) -> None:
     assert report.prefill_tokens_per_s > 0
     in_all = report.decode_tokens_per_s * report.bytes_per_token / 1e9
     assert report.read_gb_per_s == pytest.approx(in_all)
+    assert report.memory_read_gb_per_s is not None
     assert report.read_percent == pytest.approx(
         100 * report.read_gb_per_s / report.memory_read_gb_per_s
     )
@@ -218,6 +219,26 @@ def test_report(tiny: _core.Model) -> None:
     content = json.loads(json.dumps(report.to_dict()))
     assert content["runs"][0].keys() == {"prefill_s", "decode_s"}
     assert content["build_profile"] in ("release", "debug")
+
+
+@pytest.mark.parametrize("room", [1 << 26, 0])
+def test_without_memory_for_the_bandwidth_the_rest_is_reported(
+    tiny: _core.Model, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    asked: list[int] = []
+
+    def read_bandwidth(threads: int, n_bytes: int = 1 << 29) -> float:
+        asked.append(n_bytes)
+        if n_bytes > room:
+            raise RuntimeError(f"no memory for a buffer of {n_bytes} bytes")
+        return 20.0
+
+    monkeypatch.setattr(_core, "read_bandwidth", read_bandwidth)
+    report = bench.run(tiny, name="t", prompt_tokens=4, new_tokens=2, repetitions=1)
+    assert asked == [1 << 29, 1 << 26]
+    assert report.decode_tokens_per_s > 0
+    found = report.memory_read_gb_per_s, report.read_percent
+    assert found == ((20.0, 5 * report.read_gb_per_s) if room else (None, None))
 
 
 def test_bench_runs_the_steps_it_counts(tiny: _core.Model) -> None:
@@ -257,6 +278,7 @@ def test_lengths_left_open_fit_the_context(tiny: _core.Model) -> None:
         ({"prompt_tokens": 60, "new_tokens": 7, "context_length": 50}, "holds 50"),
         ({"new_tokens": 256}, "holds 256"),
         ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+        ({"prompt_tokens": 2.5}, "prompt_tokens is 2.5; wanted an integer >= 1"),
         ({"new_tokens": 0}, "new_tokens is 0"),
         ({"repetitions": 0}, "repetitions is 0"),
     ],

@@ -145,6 +145,15 @@ def test_help_loads_nothing_heavy() -> None:
         ["generate", "a", "--no-such-option"],
         ["generate", "a", "--temperature", "-1"],
         ["generate", "a", "--temperature", "warm"],
+        ["generate", "no/such-model", "a", "--temperature", "inf"],
+        ["generate", "no/such-model", "a", "--temperature", "nan"],
+        ["generate", "no/such-model", "a", "--top-p", "nan"],
+        ["generate", "no/such-model", "a", "--min-p", "nan"],
+        ["generate", "no/such-model", "a", "--repetition-penalty", "nan"],
+        ["generate", "no/such-model", "a", "--repetition-penalty", "inf"],
+        ["generate", "no/such-model", "a", "--threads", "100000"],
+        ["generate", "no/such-model", "a", "--stop", ""],
+        ["chat", "no/such-model", "--stop", "b", "--stop", ""],
         ["generate", "a", "--top-k", "-1"],
         ["generate", "a", "--top-p", "0"],
         ["generate", "a", "--top-p", "1.5"],
@@ -158,6 +167,7 @@ def test_help_loads_nothing_heavy() -> None:
         ["chat", "a", "b"],
         ["bench", "demo", "--synthetic", "tiny"],
         ["bench", "--synthetic", "70b"],
+        ["bench", "--synthetic", "tiny", "--revision", "x"],
         ["bench", "--repetitions", "0"],
         ["verify", "--golden", "no such file"],
     ],
@@ -193,6 +203,36 @@ def test_no_arguments_show_the_help(here: Here) -> None:
 )
 def test_work_that_fails(here: Here, arguments: list[str], message: str) -> None:
     assert message in failure(here(*arguments))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
+@pytest.mark.parametrize(
+    ("arguments", "closed", "message"),
+    [
+        (["info"], ">&-", "standard output is closed"),
+        (["--version"], ">&-", "standard output is closed"),
+        (["generate"], "<&-", "standard input is closed"),
+        (["chat"], "<&-", "standard input is closed"),
+        (["info"], "<&- >&- 2>&-", None),
+    ],
+)
+def test_closed_streams(arguments: list[str], closed: str, message: str | None) -> None:
+    command = ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-m", "bitnet_rs", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    outcome = Outcome(done.returncode, done.stdout, done.stderr)
+    if message is None:
+        assert (outcome.code, outcome.out, outcome.err) == (1, "", ""), outcome
+    else:
+        assert message in failure(outcome)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes streams as a shell does")
+def test_closed_streams_that_are_not_needed() -> None:
+    arguments = ["generate", "The", "-n", "2", "--temperature", "0", "--stats"]
+    expected = process(*arguments)
+    command = ["sh", "-c", '"$@" <&- 2>&-', "sh", sys.executable, "-m", "bitnet_rs", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected.out, "")
 
 
 def test_bad_environment_is_named() -> None:
@@ -408,7 +448,9 @@ def test_info_of_a_model_without_tokenizer(here: Here, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((DATA / "bitnet-packed" / name).read_bytes())
     outcome = here("info", str(tmp_path))
     assert outcome.code == 0, outcome
-    assert "only token ids" in outcome.out
+    assert "none; only logits() and core.forward() work, on token ids" in outcome.out
+    message = failure(here("generate", str(tmp_path), "a"))
+    assert "only logits() and core.forward() work, on token ids" in message
 
 
 def test_verify(here: Here) -> None:
@@ -462,6 +504,22 @@ def test_bench_json_has_what_scripts_read(here: Here) -> None:
         assert content[key] > 0, key
 
 
+def test_bench_without_memory_for_the_bandwidth(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_bandwidth(threads: int, n_bytes: int = 0) -> float:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(_core, "read_bandwidth", read_bandwidth)
+    arguments = ("bench", "--synthetic", "tiny", "-p", "4", "-n", "2", "-r", "1")
+    table = here(*arguments)
+    assert table.code == 0, table
+    assert re.search(r"reading .* MB a token\): not compared", table.out)
+    content = json.loads(here(*arguments, "--json").out)
+    assert content["memory_read_gb_per_s"] is None
+    assert content["read_percent"] is None
+
+
 def test_bench_of_the_bundled_model(here: Here) -> None:
     outcome = here("bench", "-p", "30", "-n", "3", "-r", "1", "--kernel", _core.kernels()[-1])
     assert outcome.code == 0, outcome
@@ -487,6 +545,15 @@ def test_chat_answers_piped_lines(here: Here) -> None:
     assert before == f"{replies[0]}\nsystem: Be brief.\n"
     assert after.startswith(f"{replies[1]}\nsystem: Be brief.\nunknown command /nonsense\n")
     assert "not read" not in outcome.out
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_refused(errors: str) -> None:
+    for arguments, name in ((["generate"], "the prompt"), (["chat", "-n", "2"], "a message")):
+        outcome = process(
+            *arguments, stdin=b"Hello \xff\xfe\n", env={"PYTHONIOENCODING": f"utf-8:{errors}"}
+        )
+        assert failure(outcome) == f"error: {name} on stdin is not UTF-8 text; convert it first\n"
 
 
 def test_chat_changes_the_system_message(here: Here) -> None:

@@ -177,6 +177,12 @@ def with_gaps(a: NDArray[Any]) -> NDArray[Any]:
     return np.repeat(a, 2, axis=1)[:, ::2]
 
 
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0)])
+def test_absmean_of_nothing_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="at least one element"):
+        _core._absmean(np.zeros(shape, np.float32))
+
+
 @pytest.mark.parametrize("order", [in_fortran_order, with_gaps])
 def test_ops_refuse_arrays_that_are_not_in_c_order(
     order: Callable[[NDArray[Any]], NDArray[Any]],
@@ -463,6 +469,71 @@ assert (run(again) == wanted).all()
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
 def test_a_model_does_not_hang_after_a_fork() -> None:
     script(FORK)
+
+
+FORK_BEFORE_USE = """
+import os, sys
+import numpy as np
+from bitnet_rs import _core
+from bitnet_rs.loaders import open_checkpoint
+checkpoint = open_checkpoint("demo")
+model = _core.Model(checkpoint.core_config, checkpoint.weights, threads=2)
+child = os.fork()
+row = model.forward([(np.array([1, 2, 3], np.uint32), model.new_cache(3))])
+assert np.isfinite(row).all()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_model_can_be_loaded_before_a_fork_and_used_after_it() -> None:
+    script(FORK_BEFORE_USE)
+
+
+OUT_OF_MEMORY = """
+import resource
+from bitnet_rs import _core
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+try:
+    _core.read_bandwidth(1, 8 << 30)
+except RuntimeError as error:
+    assert "memory" in str(error), error
+else:
+    raise AssertionError("8 GiB were had where 2 are allowed")
+"""
+
+
+def test_a_buffer_that_cannot_be_had_is_an_error() -> None:
+    script(OUT_OF_MEMORY)
+
+
+@pytest.mark.parametrize("depth", [5, 20_000])
+def test_objects_nested_in_a_config_are_no_trouble(checkpoint: Checkpoint, depth: int) -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(depth):
+        nested = {"inner": nested}
+    config = {**checkpoint.core_config, "unused": nested}
+    assert int(_core.Model(config, checkpoint.weights).facts["n_layers"]) > 0
+    while nested:  # python's own destructor would recurse
+        nested = nested["inner"]
+    config["unused"] = config
+    assert int(_core.Model(config, checkpoint.weights).facts["n_layers"]) > 0
+
+
+def test_a_plain_dict_without_a_tensor_is_told_which(checkpoint: Checkpoint) -> None:
+    weights = {name: checkpoint.weights[name] for name in checkpoint.weights}
+    del weights["model.norm.weight"]
+    with pytest.raises(KeyError, match=r'tensor "model.norm.weight" is missing'):
+        _core.Model(checkpoint.core_config, weights)
+
+
+def test_a_cache_of_a_twin_is_refused(checkpoint: Checkpoint) -> None:
+    twins = [_core.Model(checkpoint.core_config, checkpoint.weights) for _ in range(2)]
+    cache = twins[0].new_cache(4)
+    with pytest.raises(ValueError, match="another model"):
+        twins[1].forward([(np.array([1], np.uint32), cache)])
+    assert len(cache) == 0
 
 
 def test_the_interpreter_runs_while_the_core_computes(checkpoint: Checkpoint) -> None:
@@ -758,7 +829,7 @@ def test_logits_is_last_or_all(model: _core.Model) -> None:
 def test_a_cache_of_another_model_is_refused(model: _core.Model, tmp_path: Path) -> None:
     other = opened(tmp_path, n_layers=1, head_dim=24)
     cache = _core.Model(other.core_config, other.weights).new_cache(16)
-    with pytest.raises(ValueError, match="cache of segment 0 was made for"):
+    with pytest.raises(ValueError, match="cache of segment 0 belongs to another model"):
         model.forward([(IDS[:2], cache)])
     assert len(cache) == 0
 

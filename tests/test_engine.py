@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bitnet_rs import SamplingParams, _core
-from bitnet_rs.engine import Engine, Event, Request, Running, shared_prefix
+from bitnet_rs.engine import Engine, Event, Request, Running, check_ids, shared_prefix
 from bitnet_rs.loaders import open_checkpoint
 
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, repetition_penalty=1.1, seed=7)
@@ -201,6 +201,27 @@ def test_bad_requests_are_refused(core: _core.Model) -> None:
     with pytest.raises(ValueError, match="names 8 tokens, but the cache holds 9"):
         engine.add(Request(prompt(8), 4), cache=cache, cached=prompt(8))
     assert not engine.busy
+
+
+def test_ids_are_checked_and_named() -> None:
+    for good in ([3, 1], (3, 1), np.array([3, 1], np.int8), np.array([3, 1], object).tolist()):
+        checked = check_ids(good, 4, "ids")
+        assert checked.dtype == np.uint32
+        assert checked.tolist() == [3, 1]
+    for huge in (2**63, 2**64, 2**100):
+        with pytest.raises(ValueError, match=rf"ids has the token id {huge} at position 1; wanted"):
+            check_ids([1, huge], 4, "ids")
+    with pytest.raises(ValueError, match=r"ids has the token id -1 at position 0"):
+        check_ids([-1, 2**63], 4, "ids")  # numpy makes floats of these
+    for mixed in ([2**64, 1.5], [2**64, None], [2**64, True]):
+        with pytest.raises(ValueError, match="wanted integers along one axis"):
+            check_ids(mixed, 4, "ids")  # type: ignore[arg-type]
+    masked = np.ma.MaskedArray([1, 2], [True, False])
+    with pytest.raises(TypeError, match=r"masked array; wanted a plain one: ids.compressed\(\)"):
+        check_ids(masked, 4, "ids")
+    for none in (None, 5, "ab", {1: 2}, np.int64(1)):
+        with pytest.raises(TypeError, match=r"ids is of type .*; wanted a sequence of token ids"):
+            check_ids(none, 4, "ids")  # type: ignore[arg-type]
 
 
 def test_a_cache_exactly_large_enough_is_enough(core: _core.Model) -> None:

@@ -219,15 +219,26 @@ def test_demo_is_bundled_and_a_folder_wins_over_the_hub(
     assert hub.fetched == []
 
 
-@pytest.mark.parametrize("source", ["no_such_folder", "./some/model", "a/b/c", "/no/model", ""])
+@pytest.mark.parametrize("source", ["no_such_folder", "./some/model", "a/b/c", "/no/model"])
 def test_neither_folder_nor_hub_id(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if not source:
-        source = str(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="is no folder on this disk and no hub id"):
         open_checkpoint(source)
+
+
+def test_sources_that_name_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)  # the current folder is a checkpoint, but "" does not name it
+    with pytest.raises(ValueError, match=r"source is empty; wanted 'demo', the folder"):
+        open_checkpoint("")
+    with pytest.raises(FileNotFoundError, match=r"'~no-such-user/x' starts in the home folder"):
+        open_checkpoint("~no-such-user/x")
+    for source, kind in ((None, "NoneType"), (b"demo", "bytes"), (3, "int")):
+        with pytest.raises(TypeError, match=f"source is a {kind}; wanted a str or a path: 'demo'"):
+            open_checkpoint(source)  # type: ignore[arg-type]
+    assert open_checkpoint(".").path == Path()
 
 
 def test_files_and_revisions_of_folders_are_refused(tmp_path: Path) -> None:

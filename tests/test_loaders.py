@@ -328,7 +328,10 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
     [
         ("{", r"config\.json: not valid JSON"),
         ("[]", r"config\.json: holds a list; wanted a JSON object"),
-        (b"\xff\xfe{}", r"config\.json: not valid JSON"),
+        (b"\xff\xfe{}", r"config\.json: not UTF-8 text"),
+        (f'{{"x": {"[" * 100_000}', r"config\.json: not valid JSON \(nested too deeply\)"),
+        (f'{{"architectures": {"[" * 400}{"]" * 400}}}', r"config\.json: nested more than 64"),
+        (f'{{"hidden_size": {"9" * 5000}}}', r"config\.json: holds an integer of thousands"),
     ],
 )
 def test_config_that_is_no_json_object(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -344,9 +347,10 @@ def test_generation_config_may_be_absent_but_not_broken(tmp_path: Path) -> None:
     path = tmp_path / "generation_config.json"
     path.unlink()
     assert open_checkpoint(tmp_path).generation_config == {}
-    path.write_text("nonsense")
-    with pytest.raises(ValueError, match=r"generation_config\.json: not valid JSON"):
-        open_checkpoint(tmp_path)
+    for content in ("nonsense", "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"generation_config\.json: not valid JSON"):
+            open_checkpoint(tmp_path)
 
 
 def test_a_single_file_wins_over_an_index(tmp_path: Path) -> None:
@@ -385,11 +389,17 @@ def test_an_index_that_names_the_wrong_shard(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[" * 100_000, "9" * 5000],
+    ids=range(7),
+)
 def test_an_index_that_is_none(tmp_path: Path, content: str) -> None:
     write(tmp_path, shards=2)
     index_of(tmp_path)[0].write_text(content)
-    with pytest.raises(ValueError, match=r"index\.json: (not valid JSON|field `weight_map` must)"):
+    with pytest.raises(
+        ValueError, match=r"index\.json: (not valid JSON|holds a|field `weight_map` must)"
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -434,7 +444,7 @@ def test_a_missing_tensor(tmp_path: Path, name: str) -> None:
 
 
 BAD_TENSORS: list[tuple[str, tuple[str, NDArray[Any]], str]] = [
-    (Q, ("U8", np.zeros((80, 80), np.uint8)), r"has shape \[80, 80\].* want \[20, 80\] \(80 rows"),
+    (Q, ("U8", np.zeros((80, 80), np.uint8)), r"has shape \[80, 80\].* want \[20, 80\] \(.* = 80 rows"),
     (Q, ("U8", np.zeros((20, 81), np.uint8)), r"has shape \[20, 81\].* want \[20, 80\]"),
     (Q, encode(np.ones((80, 80)), "BF16"), r"is BF16 \[80, 80\].* packed, so wanted U8"),
     (Q, ("I8", np.ones((20, 80), np.int8)), r"is I8 \[20, 80\].* packed, so wanted U8"),
@@ -459,6 +469,21 @@ def test_a_tensor_of_the_wrong_shape_or_dtype(
     ) as error:
         open_checkpoint(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_a_wrong_shape_names_the_fields_that_it_follows_from(tmp_path: Path) -> None:
+    write(tmp_path, architecture="llama").edit_config(head_dim=2147483646)
+    with pytest.raises(
+        ValueError,
+        match=r"want \[2147483646, 80\] \(`num_attention_heads` 4 x `head_dim` 2147483646 = "
+        r"8589934584 rows, four to a byte; `hidden_size` 80\)",
+    ):
+        open_checkpoint(tmp_path)
+    write(tmp_path).edit_config(num_key_value_heads=3)
+    with pytest.raises(
+        ValueError, match=r"`num_key_value_heads` 3 x `head_dim` 20 \(= `hidden_size` / `num_att"
+    ):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
@@ -610,7 +635,15 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     (quantization(modules_to_not_convert=["q_proj"]), r"modules_to_not_convert` keeps 'q_proj'"),
     (quantization(modules_to_not_convert=["model.layers.1"]), r"keeps 'model.layers.1' in float"),
     (quantization(modules_to_not_convert=["model.layers.*.mlp"]), r"keeps 'model.layers.*.mlp'"),
-    (quantization(modules_to_not_convert=["(("]), r"has the entry '\(\('"),
+    (quantization(modules_to_not_convert=["(("]), r"has the entry '\(\('; wanted names of modules"),
+    (quantization(modules_to_not_convert=["(.+)+X"]), r"has the entry '\(\.\+\)\+X'; wanted"),
+    (quantization(modules_to_not_convert=["X" * 10**5 + "\n"]), r"has the entry 'X+\.\.\..*; wanted"),
+    (quantization(modules_to_not_convert=["lm_head", "model.layers.12.mlp"]), r"keeps 'model"),
+    (quantization(modules_to_not_convert=["model.layers.*7.self_attn.q_proj"]), r"keeps 'model"),
+    (quantization(modules_to_not_convert=[".*o_proj"]), r"keeps '\.\*o_proj' in float"),
+    (quantization(modules_to_not_convert=["*"]), r"keeps '\*' in float"),
+    (quantization(modules_to_not_convert=[""]), r"keeps '' in float"),
+    (quantization(modules_to_not_convert=["model.layers....mlpx*.up"]), r"keeps 'model"),
     ({"hidden_size": ...}, r"`hidden_size` is None; wanted a positive integer"),
     ({"hidden_size": "80"}, r"`hidden_size` is '80'; wanted a positive integer"),
     ({"num_hidden_layers": 0}, r"`num_hidden_layers` is 0; wanted"),
@@ -633,7 +666,16 @@ def test_a_config_that_is_not_understood(
     assert str(tmp_path / "config.json") in str(error.value)
 
 
-@pytest.mark.parametrize("modules", [None, [], ["lm_head"], ["lm_head", "vision_tower"]])
+# The last two would take a backtracking matcher longer than anyone waits.
+DEAD_PATTERNS = [
+    *(".*lm_head", "*norm*", "model.embed_tokens", "layers.0", "model.layers.0.mlp.x_*proj"),
+    *("model" + ".*" * 5000 + "X", "a*" * 50_000 + "X"),
+]
+
+
+@pytest.mark.parametrize(
+    "modules", [None, [], ["lm_head"], ["lm_head", "vision_tower"], DEAD_PATTERNS]
+)
 def test_dead_entries_of_modules_to_not_convert(tmp_path: Path, modules: list[str] | None) -> None:
     written = write(tmp_path, form="divide")
     written.edit_config(**quantization(modules_to_not_convert=modules))

@@ -289,6 +289,8 @@ def test_sampling_without_a_temperature_means_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "field", "value"),
     [
+        ("generation_config", "do_sample", "false"),
+        ("generation_config", "do_sample", 0),
         ("generation_config", "temperature", "hot"),
         ("generation_config", "top_p", 7),
         ("generation_config", "max_new_tokens", 0),
@@ -310,8 +312,17 @@ def test_without_a_tokenizer_ids_still_work(tmp_path: Path, model: br.Model) -> 
         file.unlink()
     with br.load(tmp_path) as bare:
         np.testing.assert_array_equal(bare.logits([1, 2, 3]), model.logits([1, 2, 3]))
-        for use in (bare.chat, lambda: bare.encode("a"), lambda: bare.generate("a")):
-            with pytest.raises(FileNotFoundError, match="has no tokenizer; wanted"):
+        for use in (
+            bare.chat,
+            lambda: bare.encode("a"),
+            lambda: bare.generate("a"),
+            lambda: bare.complete([1, 2]),
+            lambda: bare.stream([1, 2]),
+        ):
+            with pytest.raises(
+                FileNotFoundError,
+                match=r"has no tokenizer; wanted.*only logits\(\) and core\.forward\(\) work",
+            ):
                 use()
 
 
@@ -325,7 +336,7 @@ def test_without_a_tokenizer_ids_still_work(tmp_path: Path, model: br.Model) -> 
         ([], "prompt has no tokens; wanted at least one"),
         ([1, 4096], r"token id 4096 at position 1; wanted ids from 0 to 4095"),
         ([-1], r"token id -1 at position 0"),
-        ([2**70], "prompt "),
+        ([2**70], f"token id {2**70} at position 0; wanted ids from 0 to 4095"),
         ([1.5], r"prompt has the shape \(1,\) and holds float64; wanted integers"),
         ([[1, 2]], r"prompt has the shape \(1, 2\)"),
         ([[1], [2, 3]], "prompt is not a flat sequence"),
@@ -337,6 +348,59 @@ def test_bad_prompts(model: br.Model, prompt: Any, message: str) -> None:
     for use in (model.complete, model.stream):
         with pytest.raises(ValueError, match=message):
             use(prompt)
+
+
+def test_wrong_types_are_named(model: br.Model) -> None:
+    uses: list[tuple[Callable[[Any], Any], str]] = [
+        (model.generate, "prompt is of type {}; wanted a str, or a list of them"),
+        (model.complete, "prompt is of type {}; wanted a str, or a sequence of token ids"),
+        (model.stream, "prompt is of type {}; wanted a str, or a sequence of token ids"),
+        (model.decode, "ids is of type {}; wanted a sequence of token ids"),
+        (model.logits, "ids is of type {}; wanted a sequence of token ids"),
+        (lambda x: model.generate("a", stop=x), "stop is of type {}; wanted a str, or a list"),
+        (lambda x: setattr(model.chat(), "messages", x), "messages is of type {}; wanted a list"),
+        (lambda x: model.chat(system=x), "system is of type {}; wanted a str"),
+    ]
+    for use, message in uses:
+        with pytest.raises(TypeError, match=message.format("int")):
+            use(5)
+    for use, message in (*uses[:5], uses[6]):
+        with pytest.raises(TypeError, match=message.format("NoneType")):
+            use(None)
+
+
+def test_numpy_integers_are_integers(model: br.Model) -> None:
+    one = np.int64(1)
+    with br.load(threads=one, context=np.int16(100)) as loaded:  # type: ignore[arg-type]
+        assert (type(loaded.threads), type(loaded.context_length)) == (int, int)
+        assert (loaded.threads, loaded.context_length) == (1, 100)
+        assert loaded.new_cache(np.uint8(7)).capacity == 7  # type: ignore[arg-type]
+    options: Any = {"max_tokens": np.uint8(4), "logprobs": one, "n": one, "top_k": one, "seed": one}
+    found = model.complete("The", **options)
+    expected = model.complete("The", max_tokens=4, logprobs=1, n=1, top_k=1, seed=1)
+    assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
+
+
+def test_a_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
+    copy_of_demo(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    last = max(content["added_tokens"], key=lambda token: int(token["id"]))
+    content["added_tokens"].append({**last, "id": 5000, "content": "<|extra|>"})
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with br.load(tmp_path) as odd:
+        wanted = r"{} has the token id \d+: .*tokenizer\.json has more .* 4096 in config\.json"
+        with pytest.raises(ValueError, match=wanted.format("prompt")):
+            odd.complete("The <|extra|>")
+        with pytest.raises(ValueError, match=wanted.format("the conversation")):
+            odd.chat().send("The <|extra|>")
+        assert odd.generate("The", **GREEDY)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 513, 2**70, 2.5, True])
+def test_bad_capacities_are_refused(model: br.Model, capacity: Any) -> None:
+    with pytest.raises(ValueError, match=r"capacity is .*; wanted an integer from 1 to 512"):
+        model.new_cache(capacity)
 
 
 def test_bad_prompts_in_a_list_are_counted(model: br.Model) -> None:
@@ -486,6 +550,39 @@ def test_chat_messages_may_be_edited(model: br.Model) -> None:
     messages = [*chat.messages, {"role": "user", "content": TALK[2]}]
     expected = from_scratch(model, messages, temperature=0, max_tokens=16)
     assert chat.send(TALK[2], temperature=0, max_tokens=16) == expected
+
+
+def test_chat_messages_may_be_any_sequence(model: br.Model) -> None:
+    chat = model.chat()
+    chat.messages = ({"role": "system", "content": "Be brief."},)
+    chat.send(TALK[0], temperature=0, max_tokens=4)
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    mine: list[dict[str, Any]] = []
+    chat.messages = mine
+    chat.send(TALK[0], temperature=0, max_tokens=4)
+    assert mine is chat.messages
+    assert len(mine) == 2
+
+
+@pytest.mark.parametrize("entry", [5, {}, {"role": 5, "content": "a"}])
+def test_clear_cures_messages_that_are_none(model: br.Model, entry: Any) -> None:
+    chat = model.chat()
+    chat.messages = [entry]
+    with pytest.raises((TypeError, ValueError), match=r"messages\[0\] .*; wanted"):
+        chat.send(TALK[0])
+    chat.clear()
+    assert chat.messages == []
+    assert chat.send(TALK[0], temperature=0, max_tokens=4)
+
+
+def test_a_chat_template_that_writes_nothing_is_named(tmp_path: Path) -> None:
+    copy_of_demo(tmp_path, tokenizer_config={"chat_template": "{# nothing #}"})
+    with br.load(tmp_path) as model:
+        chat = model.chat()
+        with pytest.raises(ValueError, match=r"the chat template writes nothing") as caught:
+            chat.send("Hello")
+        assert str(caught.value).startswith(str(tmp_path))
+        assert chat.messages == []
 
 
 def test_a_reply_cut_short_keeps_what_was_said(model: br.Model) -> None:

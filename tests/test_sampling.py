@@ -114,6 +114,19 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative(
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("penalty", [5e-324, 1e-320, 1e-39, 1e39, 1.7e308])
+def test_extreme_repetition_penalties_stay_finite(penalty: float) -> None:
+    row = np.array([0, 1, -1, 3e38, -3e38, -0.0], np.float32)
+    result = sampling.penalize(row, np.arange(len(row)), penalty)
+    assert np.isfinite(result).all()
+    assert result[0] == result[5] == 0
+    assert (np.sign(result[1:5]) * np.sign(row[1:5]) >= 0).all()
+    grown = result[1] if penalty < 1 else -result[2]
+    assert grown == np.finfo(np.float32).max
+    params = SamplingParams(repetition_penalty=penalty, temperature=1.0, seed=0)
+    assert sampling.sample(row, params, params.rng(), np.arange(len(row))) in range(len(row))
+
+
 def test_repetition_penalty_changes_the_choice() -> None:
     row = np.array([1.0, 3.0, 2.9], np.float32)
     rng = np.random.default_rng()

@@ -288,6 +288,21 @@ def test_broken_template_does_not_parse(tmp_path: Path) -> None:
             use()
 
 
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [("{% break %}", "SyntaxError"), ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "Recursion")],
+    ids=["break", "deep"],
+)
+def test_template_that_does_not_compile(tmp_path: Path, template: str, error: str) -> None:
+    tokenizer = with_template(tmp_path, template)
+    for use in (tokenizer.check_chat_template, lambda: tokenizer.apply_chat_template(MESSAGES)):
+        with pytest.raises(
+            ValueError,
+            match=rf"tokenizer_config\.json, field chat_template: .*not compile \({error}",
+        ):
+            use()
+
+
 def test_no_template_suggests_complete(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no chat template.*complete\(\)"):
         Tokenizer.from_folder(folder(tmp_path)).apply_chat_template(MESSAGES)
@@ -322,6 +337,86 @@ def test_a_special_token_outside_the_vocabulary_has_no_id(tmp_path: Path) -> Non
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (None, ())
 
 
+def test_a_special_token_that_is_no_text_has_no_id(tmp_path: Path) -> None:
+    path = folder(tmp_path, tokenizer_config__json={"bos_token": "\ud800"})
+    assert Tokenizer.from_folder(path).bos_token_id is None
+
+
+def with_model(tmp_path: Path, model: dict[str, Any], **parts: Any) -> Path:
+    """A folder whose tokenizer.json has this model."""
+    content = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}}
+    text = json.dumps({**content, "model": model, **parts})
+    (tmp_path / "tokenizer.json").write_text(text)
+    tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))  # it does load
+    return tmp_path
+
+
+WORDS = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({**WORDS, "vocab": {"a": 0}}, r"Missing \[UNK\]"),
+        ({**WORDS, "unk_token": "?"}, r"Missing \[UNK\]"),
+        (
+            {
+                "type": "WordPiece",
+                "vocab": {"a": 0},
+                "unk_token": "[UNK]",
+                "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100,
+            },
+            r"Missing \[UNK\]",
+        ),
+        ({"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}, "`unk_id` is missing"),
+    ],
+    ids=["WordLevel", "WordLevel-other", "WordPiece", "Unigram"],
+)
+def test_a_tokenizer_without_its_unknown_token_is_refused(
+    tmp_path: Path, model: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: .*cannot encode .*{reason}"):
+        Tokenizer.from_folder(with_model(tmp_path, model))
+
+
+def test_a_tokenizer_that_panics_is_refused(tmp_path: Path) -> None:
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    path = with_model(tmp_path, WORDS, post_processor=template)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the tokenizer cannot encode"):
+        Tokenizer.from_folder(path)
+
+
+def test_a_tokenizer_that_fails_later_is_named(tmp_path: Path) -> None:
+    # Built past `from_folder` and its trial, as a text that the trial does not foresee would be.
+    file = str(with_model(tmp_path, {**WORDS, "vocab": {"a": 0}}) / "tokenizer.json")
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(file), source=file)
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .*cannot encode a text of 3 char"):
+        tokenizer.encode("a b")
+
+
+def test_interrupts_are_not_taken_for_failures(demo: Tokenizer) -> None:
+    class Backend:
+        def encode(self, text: str, **options: Any) -> None:
+            raise KeyboardInterrupt
+
+        def decode(self, ids: list[int], **options: Any) -> str:
+            raise RuntimeError("no such luck")
+
+    tokenizer = Tokenizer(demo._backend)
+    tokenizer._backend = Backend()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .*cannot decode 1 ids \(no such luck"):
+        tokenizer.decode([1])
+
+
 def test_sentencepiece_only_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
     with pytest.raises(ValueError, match=r"sentencepiece.*save_pretrained.*tokenizer\.json"):
@@ -344,8 +439,12 @@ def test_no_tokenizer_says_what_to_do(tmp_path: Path) -> None:
         ("tokenizer_config.json", b"{"),
         ("tokenizer_config.json", b"[]"),
         ("tokenizer_config.json", b"\xff\xfe"),
+        ("tokenizer_config.json", b"[" * 100_000),
+        ("tokenizer_config.json", b'{"model_max_length": ' + b"9" * 5000 + b"}"),
         ("special_tokens_map.json", b"null"),
+        ("chat_template.jinja", b"caf\xe9"),
     ],
+    ids=str,
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
     (folder(tmp_path) / name).write_bytes(content)

@@ -249,6 +249,80 @@ def test_golden_files_that_can_not_be_used_fail(tmp_path: Path) -> None:
     assert "shape" in golden_failures(tmp_path / "short.npz")["golden logits"]
 
 
+def test_a_single_array_is_no_golden_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.zeros(2, np.uint32))
+    assert "ids.npy: holds a single array" in golden_failures(tmp_path / "ids.npy")["golden logits"]
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays[new] = arrays.pop(old)
+
+    return change
+
+
+def replaced(name: str, value: np.ndarray) -> Callable[[dict[str, np.ndarray]], None]:
+    return lambda arrays: arrays.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (renamed("ids_0", "ids_4"), "no array named ids_0"),
+        (renamed("ids_1", "ids_7"), "no array named ids_1"),
+        (renamed("ids_3", "other"), "an array greedy_3, but no ids"),
+        (renamed("logits_2", "other"), "no array named logits_2"),
+        (renamed("logits_0", "logits_00"), "no array named logits_0"),
+        (replaced("greedy_x", np.zeros(1, np.uint32)), "an array greedy_x, but no ids"),
+        (replaced("ids_0", np.zeros((1, 6), np.uint32)), "array ids_0 is uint32 of shape (1, 6)"),
+        (replaced("ids_0", np.full(6, 1.5)), "array ids_0 is float64"),
+        (replaced("ids_0", np.array([], np.uint32)), "array ids_0 is uint32 of shape (0,)"),
+        (replaced("ids_0", np.full(6, -1)), "array ids_0 has ids from -1 to -1"),
+        (replaced("ids_0", np.full(6, 2**32)), "the model's vocabulary has 0 to 1023"),
+        (replaced("greedy_0", np.array([], np.uint32)), "array greedy_0 is uint32 of shape (0,)"),
+        (replaced("greedy_1", np.full(24, 1.5)), "array greedy_1 is float64"),
+        (replaced("logits_0", np.zeros((6, 1024), np.int64)), "array logits_0 is int64"),
+        (replaced("logits_0", np.zeros(6)), "array logits_0 is float64 of shape (6,)"),
+        (replaced("logits_0", np.array([None])), "allow_pickle"),
+    ],
+)
+def test_nothing_of_a_golden_file_is_left_out(
+    tmp_path: Path, change: Callable[[dict[str, np.ndarray]], None], message: str
+) -> None:
+    wrong = golden_failures(write_golden(tmp_path / "g.npz", change))
+    assert list(wrong) == ["golden logits"]
+    assert "g.npz: " in wrong["golden logits"]
+    assert message in wrong["golden logits"]
+
+
+def test_greedy_tokens_may_be_absent_but_not_all_too_close_to_call(tmp_path: Path) -> None:
+    def without_greedy(arrays: dict[str, np.ndarray]) -> None:
+        for n in range(4):
+            del arrays[f"greedy_{n}"]
+
+    golden = write_golden(tmp_path / "g.npz", without_greedy)
+    with bitnet_rs.load(DATA / "bitnet-packed") as model:
+        checks = list(verify._check_golden(model.core, golden))
+    assert [(check.name, check.ok) for check in checks] == [("golden logits", True)]
+
+    core: Any = Core(synthetic.synthetic("tiny").build(), lambda core, batch, rows: rows.fill(0))
+    one = np.zeros(1, np.uint32)
+    check = verify._golden_greedy(core, [(one, np.zeros((1, 1024), np.float32), one)])
+    assert not check.ok
+    assert "0 tokens" in check.detail
+
+
+def test_an_error_on_a_golden_prompt_is_a_failed_check() -> None:
+    def spoil(core: Core, batch: Batch, rows: np.ndarray) -> None:
+        raise RuntimeError("no such luck")
+
+    with bitnet_rs.load(DATA / "bitnet-packed") as model:
+        core: Any = Core(model.core, spoil)
+        checks = list(verify._check_golden(core, DATA / "bitnet-packed" / "golden.npz"))
+    assert [(check.name, check.ok) for check in checks] == [("golden logits", False)]
+    assert "golden.npz: RuntimeError: no such luck" in checks[0].detail
+
+
 def test_files_that_are_gone_are_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(DATA / "bitnet-packed", folder)

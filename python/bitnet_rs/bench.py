@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_rs import _core, system
+from bitnet_rs.checks import check_integer
 from bitnet_rs.engine import PREFILL_TOKENS
 
 DEFAULT_PROMPT_TOKENS: Final = 512
@@ -27,6 +28,10 @@ DEFAULT_NEW_TOKENS: Final = 64
 # taking as long as a measured run.
 _WARM_UP_PROMPT: Final = 64
 _WARM_UP_NEW: Final = 4
+
+# Read instead of the usual buffer where there is no memory for that. Still larger than most
+# caches.
+_SMALL_BUFFER_BYTES: Final = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,9 @@ class BenchReport:
         bytes_per_token: Weights read to decode one token, in bytes; keys and values not counted.
         read_gb_per_s: `bytes_per_token` times the decode speed, in GB/s (1e9 bytes).
         memory_read_gb_per_s: Measured speed of plain reads with as many threads, in GB/s. Weights
-            that fit a cache can be read faster than this.
-        read_percent: The first as a share of the second, in percent.
+            that fit a cache can be read faster than this. None where there was no memory left
+            to measure it in.
+        read_percent: The first as a share of the second, in percent; None if that is.
         packed_bytes: All weights in memory.
         peak_rss_bytes: Most memory of the process until the end of the runs; None if the system
             does not tell.
@@ -85,8 +91,8 @@ class BenchReport:
     kv_dtype: str
     bytes_per_token: int
     read_gb_per_s: float
-    memory_read_gb_per_s: float
-    read_percent: float
+    memory_read_gb_per_s: float | None
+    read_percent: float | None
     packed_bytes: int
     peak_rss_bytes: int | None
     cpu: str
@@ -133,8 +139,7 @@ def run(
     """
     context = context_length or int(core.facts["max_positions"])
     prompt_tokens, new_tokens = _lengths(prompt_tokens, new_tokens, context)
-    if repetitions < 1:
-        raise ValueError(f"repetitions is {repetitions}; wanted at least 1")
+    repetitions = check_integer("repetitions", repetitions, 1)
     say = on_progress or (lambda _: None)
 
     rng = np.random.default_rng(0)
@@ -148,7 +153,7 @@ def run(
     # Before the bandwidth is measured: that takes a large buffer of its own.
     peak = system.peak_rss_bytes()
     say("speed of reading memory")
-    memory_gb_per_s = _core.read_bandwidth(core.threads)
+    memory_gb_per_s = _memory_speed(core.threads)
 
     decode = new_tokens / statistics.median(r.decode_s for r in runs)
     bytes_per_token = int(core.facts["bytes_per_token"])
@@ -167,7 +172,7 @@ def run(
         bytes_per_token=bytes_per_token,
         read_gb_per_s=read_gb_per_s,
         memory_read_gb_per_s=memory_gb_per_s,
-        read_percent=100 * read_gb_per_s / memory_gb_per_s,
+        read_percent=100 * read_gb_per_s / memory_gb_per_s if memory_gb_per_s else None,
         packed_bytes=int(core.facts["packed_bytes"]),
         peak_rss_bytes=peak,
         cpu=system.cpu_name(),
@@ -183,11 +188,10 @@ def _lengths(prompt_tokens: int | None, new_tokens: int | None, context: int) ->
     """Checked lengths; those left open take what the context has room for."""
     if new_tokens is None:
         new_tokens = min(DEFAULT_NEW_TOKENS, max(1, context // 4))
+    new_tokens = check_integer("new_tokens", new_tokens, 1)
     if prompt_tokens is None:
         prompt_tokens = max(1, min(DEFAULT_PROMPT_TOKENS, context - new_tokens))
-    for field, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
-        if value < 1:
-            raise ValueError(f"{field} is {value}; wanted at least 1")
+    prompt_tokens = check_integer("prompt_tokens", prompt_tokens, 1)
     if prompt_tokens + new_tokens > context:
         raise ValueError(
             f"{prompt_tokens} prompt tokens and {new_tokens} new tokens make "
@@ -195,6 +199,16 @@ def _lengths(prompt_tokens: int | None, new_tokens: int | None, context: int) ->
             "ask for fewer of either"
         )
     return prompt_tokens, new_tokens
+
+
+def _memory_speed(threads: int) -> float | None:
+    """Speed of plain reads in GB/s; None where there is no memory even for a small buffer."""
+    for size in ({}, {"n_bytes": _SMALL_BUFFER_BYTES}):
+        try:
+            return _core.read_bandwidth(threads, **size)
+        except RuntimeError:
+            continue
+    return None
 
 
 def _run_once(

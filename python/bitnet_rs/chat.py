@@ -10,11 +10,12 @@ start would give.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
+from bitnet_rs.checks import check_iterable
 from bitnet_rs.completion import Reply, Stream, run
-from bitnet_rs.engine import Engine, Running, check_ids
+from bitnet_rs.engine import Engine, Running
 
 if TYPE_CHECKING:
     from bitnet_rs import _core
@@ -29,25 +30,42 @@ class Chat:
         model: The model to talk to.
         system: An instruction to put first, as the system message.
 
-    Attributes:
-        messages: The conversation so far: dicts with `role` and `content`. It may be edited
-            between turns.
-
     Raises:
+        TypeError: `system` is not a string.
         ValueError: The checkpoint has no chat template, or a broken one.
     """
 
     def __init__(self, model: Model, system: str | None = None) -> None:
         model.tokenizer.check_chat_template()
         self._model = model
-        self.messages: list[dict[str, Any]] = []
+        self._messages: list[dict[str, Any]] = []
         if system is not None:
+            if not isinstance(system, str):
+                raise TypeError(f"system is of type {type(system).__name__}; wanted a str, or None")
             self.messages.append({"role": "system", "content": system})
         self._cache: _core.KvCache | None = None
         # Whose tokens the cache holds: the first len(cache) of its ids.
         self._written: Running | None = None
         # Weak, so that a stream that is dropped halfway ends there and then.
         self._open: weakref.ref[Stream] | None = None
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation so far: dicts with `role` and `content`.
+
+        It may be edited or replaced between turns, by any sequence of such dicts.
+
+        Raises:
+            TypeError: It is replaced by something that is no sequence.
+        """
+        return self._messages
+
+    @messages.setter
+    def messages(self, messages: Iterable[dict[str, Any]]) -> None:
+        wanted = "a list of dicts with the keys 'role' and 'content'"
+        found = check_iterable("messages", messages, wanted)
+        # A list stays the caller's own: edits there are edits here.
+        self._messages = found if isinstance(found, list) else list(found)
 
     def __repr__(self) -> str:
         return f"Chat({self._model.name!r}, {len(self.messages)} messages)"
@@ -84,7 +102,13 @@ class Chat:
         prompt = model.tokenizer.apply_chat_template([*self.messages, user])
         # The template writes BOS itself.
         encoded = model.encode(prompt, add_special_tokens=False)
-        ids = check_ids(encoded, model.vocab_size, "the conversation")
+        if not encoded:
+            raise ValueError(
+                f"{model.checkpoint.path}: the chat template writes nothing for this conversation; "
+                "repair it (chat_template.jinja, or chat_template in tokenizer_config.json), or "
+                "use complete()"
+            )
+        ids = model.check_encoded(encoded, "the conversation")
         settings = model.settings(**options)
         request = model.request(
             ids,
@@ -108,7 +132,9 @@ class Chat:
         """Starts over: forgets all messages but a system message at the front."""
         self._end_turn()
         first = self.messages[:1]
-        self.messages = first if first and first[0]["role"] == "system" else []
+        # Whatever was put there: starting over must work, and be it from a list of nonsense.
+        keep = bool(first) and isinstance(first[0], Mapping) and first[0].get("role") == "system"
+        self.messages = first if keep else []
 
     def _end_turn(self) -> None:
         """Closes the stream of the last turn, if it is still open."""

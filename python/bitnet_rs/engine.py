@@ -47,15 +47,26 @@ def check_ids(
     """Token ids as `Request` and the core take them.
 
     Raises:
+        TypeError: It is no sequence.
         ValueError: There are none, or one is not in the vocabulary; `name` names them.
     """
+    if isinstance(ids, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array; wanted a plain one: {name}.compressed() makes it"
+        )
     try:
         array = np.asarray(ids)
-    except (ValueError, OverflowError):  # ragged lists; integers beyond 64 bits
+    except ValueError:  # ragged lists
         raise ValueError(f"{name} is not a flat sequence of token ids") from None
+    if array.ndim == 0:
+        raise TypeError(f"{name} is of type {type(ids).__name__}; wanted a sequence of token ids")
     if array.size == 0:
         raise ValueError(f"{name} has no tokens; wanted at least one")
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+    integers = np.issubdtype(array.dtype, np.integer)
+    if not integers and array.ndim == 1 and all(type(i) is int for i in ids):
+        # Some are beyond 64 bits: numpy has no dtype for them, but there is an id to name.
+        array, integers = np.array(ids, object), True
+    if array.ndim != 1 or not integers:
         raise ValueError(
             f"{name} has the shape {array.shape} and holds {array.dtype}; wanted integers "
             "along one axis"

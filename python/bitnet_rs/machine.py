@@ -16,25 +16,24 @@ from typing import Any, Final
 import numpy as np
 
 from bitnet_rs import _core, system
+from bitnet_rs.checks import check_integer
 
 # More is a slip of the keyboard, not a machine.
-_MAX_THREADS: Final = 1024
+MAX_THREADS: Final = 1024
 
 
 def choose_threads(threads: int | None) -> int:
     """How many threads to compute with: argument, environment, physical cores."""
     if threads is not None:
-        if type(threads) is int and 1 <= threads <= _MAX_THREADS:
-            return threads
-        raise ValueError(f"threads is {threads!r}; wanted an integer from 1 to {_MAX_THREADS}")
+        return check_integer("threads", threads, 1, MAX_THREADS)
     text = os.environ.get("BITNET_RS_THREADS", "").strip()
     if not text:
         return system.default_threads()
-    if text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_THREADS:
+    if text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_THREADS:
         return int(text)
     raise ValueError(
         f"the environment variable BITNET_RS_THREADS is {text!r}; wanted an integer from 1 to "
-        f"{_MAX_THREADS}, or nothing for one thread per physical core"
+        f"{MAX_THREADS}, or nothing for one thread per physical core"
     )
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bitnet_rs import _core
 from bitnet_rs.chat import Chat
+from bitnet_rs.checks import check_integer, check_iterable
 from bitnet_rs.completion import Completion, Reply, Stream, run, texts
 from bitnet_rs.engine import PREFILL_TOKENS, Engine, Request, check_ids
 from bitnet_rs.loaders import Checkpoint, open_checkpoint
@@ -137,7 +138,9 @@ class Model:
         """
         if isinstance(self._tokenizer, Tokenizer):
             return self._tokenizer
-        raise FileNotFoundError(*self._tokenizer.args)
+        raise FileNotFoundError(
+            f"{self._tokenizer}. Without one, only logits() and core.forward() work, on token ids"
+        )
 
     @property
     def core(self) -> _core.Model:
@@ -195,11 +198,15 @@ class Model:
 
         Returns:
             The text that follows: a string for a string, a list for a list.
+
+        Raises:
+            TypeError: `prompt` is neither.
+            ValueError: As `complete`.
         """
         if isinstance(prompt, str):
             return self._run([self._prompt(prompt)], [self.settings(**options)])[0].text
         prompts = []
-        for i, text in enumerate(prompt):
+        for i, text in enumerate(check_iterable("prompt", prompt, "a str, or a list of them")):
             if not isinstance(text, str):
                 raise TypeError(
                     f"prompt[{i}] is a {type(text).__name__}; wanted a str. For token ids, use "
@@ -265,11 +272,12 @@ class Model:
             The completion; a list of them where `n` is above 1.
 
         Raises:
+            FileNotFoundError: The checkpoint has no tokenizer, which makes the text.
+            TypeError: The prompt is neither text nor a sequence.
             ValueError: An argument is out of range, the prompt is empty or too long, or a token
                 id is not in the vocabulary.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n is {n!r}; wanted an integer >= 1")
+        n = check_integer("n", n, 1)
         settings = self.settings(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -329,8 +337,9 @@ class Model:
         self, ids: Sequence[int] | NDArray[np.integer[Any]], *, skip_special_tokens: bool = True
     ) -> str:
         """Text of token ids."""
-        listed = ids.tolist() if isinstance(ids, np.ndarray) else ids
-        return self.tokenizer.decode(listed, skip_special_tokens=skip_special_tokens)
+        plain = ids.tolist() if isinstance(ids, np.ndarray) else ids
+        listed = check_iterable("ids", plain, "a sequence of token ids")
+        return self.tokenizer.decode(list(listed), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
         self,
@@ -375,8 +384,15 @@ class Model:
         return rows
 
     def new_cache(self, capacity: int | None = None) -> _core.KvCache:
-        """An empty KV cache for `core.forward`; for the whole context when None."""
-        return self.core.new_cache(capacity or self.context_length, self.kv_dtype)
+        """An empty KV cache for `core.forward`; for the whole context when None.
+
+        Raises:
+            ValueError: `capacity` is below 1, or above the model's max_position_embeddings.
+        """
+        if capacity is None:
+            capacity = self.context_length
+        capacity = check_integer("capacity", capacity, 1, int(self.facts["max_positions"]))
+        return self.core.new_cache(capacity, self.kv_dtype)
 
     # Reports.
 
@@ -418,6 +434,22 @@ class Model:
             special_id=lambda text: self.tokenizer.special_id(text),
         )
 
+    def check_encoded(self, ids: list[int], name: str) -> NDArray[np.uint32]:
+        """Token ids that the tokenizer made, checked: not all are rows of the embedding.
+
+        Raises:
+            ValueError: There are none, or the tokenizer has more tokens than the model.
+        """
+        highest = max(ids, default=0)
+        if highest >= self.vocab_size:
+            path = self.checkpoint.path
+            raise ValueError(
+                f"{name} has the token id {highest}: {path / 'tokenizer.json'} has more tokens "
+                f"than the vocab_size of {self.vocab_size} in config.json. The two are of "
+                "different models; fetch both from the same place"
+            )
+        return check_ids(ids, self.vocab_size, name)
+
     def request(
         self,
         prompt: NDArray[np.uint32],
@@ -457,7 +489,10 @@ class Model:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError(f"{name} is empty; wanted some text")
-            prompt = self.tokenizer.encode_prompt(prompt)
+            return self.check_encoded(self.tokenizer.encode_prompt(prompt), name)
+        if not isinstance(prompt, Iterable):
+            kind = type(prompt).__name__
+            raise TypeError(f"{name} is of type {kind}; wanted a str, or a sequence of token ids")
         return check_ids(prompt, self.vocab_size, name)
 
     def _run(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
+from bitnet_rs.checks import check_integer, check_iterable
 from bitnet_rs.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -72,11 +73,17 @@ class Defaults:
         found = checkpoint.generation_config
         names = ["repetition_penalty"]
         values: dict[str, Any] = {}
-        if found.get("do_sample"):
+        where = checkpoint.path / "generation_config.json"
+        do_sample = found.get("do_sample")
+        if do_sample is not None and not isinstance(do_sample, bool):
+            raise ValueError(
+                f"{where}: do_sample is {do_sample!r}; wanted true or false; repair or remove "
+                "the field"
+            )
+        if do_sample:
             values["temperature"] = 1.0  # what sampling means where no temperature is named
             names += ["temperature", "top_k", "top_p", "min_p"]
         values |= {name: found[name] for name in names if found.get(name) is not None}
-        where = checkpoint.path / "generation_config.json"
         try:
             params = SamplingParams(**values)
         except ValueError as error:
@@ -124,7 +131,7 @@ def check_options(
             if there are stop strings.
 
     Raises:
-        TypeError: There is no such option.
+        TypeError: There is no such option, or `stop` is neither a string nor several.
         ValueError: An option is out of range; the message names it.
     """
     known = Options.__annotations__
@@ -133,20 +140,17 @@ def check_options(
             raise TypeError(f"there is no option {name!r}; wanted one of {', '.join(known)}")
     given: Mapping[str, Any] = {k: value for k, value in options.items() if value is not None}
     params = replace(defaults.params, **{name: given[name] for name in _SAMPLING if name in given})
-    for name, low in (("max_tokens", 1), ("logprobs", 0)):
-        value = given.get(name, low)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} is {value!r}; wanted an integer >= {low}, or None")
-    stop = given.get("stop")
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"stop has {string!r}; wanted strings that are not empty")
+    counts = {
+        name: check_integer(name, given[name], low, wanted=f"an integer >= {low}, or None")
+        for name, low in (("max_tokens", 1), ("logprobs", 0))
+        if name in given
+    }
+    strings = _stop_strings(given.get("stop", ()))
     # Special tokens never show in the text, so a stop string that is one is meant as an id.
     special = {string: i for string in strings if (i := special_id(string)) is not None}
-    logprobs = given.get("logprobs")
+    logprobs = counts.get("logprobs")
     return Settings(
-        max_tokens=given.get("max_tokens", defaults.max_tokens),
+        max_tokens=counts.get("max_tokens", defaults.max_tokens),
         params=params,
         stop_ids=(frozenset() if given.get("ignore_eos") else stop_ids) | set(special.values()),
         stop=tuple(string for string in strings if string not in special),
@@ -154,13 +158,20 @@ def check_options(
     )
 
 
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    """The option `stop` as a tuple."""
+    if isinstance(stop, str):
+        stop = (stop,)
+    strings = tuple(check_iterable("stop", stop, "a str, or a list of them"))
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop has {string!r}; wanted strings that are not empty")
+    return strings
+
+
 def choose_context(context: int | None, max_positions: int) -> int:
     """The context length: what is asked for, within what the model was made for."""
     if context is None:
         return max_positions
-    if type(context) is int and 1 <= context <= max_positions:
-        return context
-    raise ValueError(
-        f"context is {context!r}; wanted an integer from 1 to {max_positions}, the "
-        "max_position_embeddings of this model"
-    )
+    wanted = f"an integer from 1 to {max_positions}, the max_position_embeddings of this model"
+    return check_integer("context", context, 1, max_positions, wanted=wanted)

@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_rs.checks import check_integer
+
 # Candidates looked at first for top_p, and by how much they grow when they do not reach it. At
 # temperature 1 a language model's 0.95 nucleus is mostly below 100 tokens; each further round
 # costs one more partition of the vocabulary.
@@ -46,13 +48,6 @@ def _number(name: str, value: object, low: float, high: float, wanted: str) -> f
             number = math.inf
         if math.isfinite(number) and low <= number <= high:
             return number
-    raise ValueError(f"{name} is {value!r}; wanted {wanted}")
-
-
-def _integer(name: str, value: object, wanted: str) -> int:
-    """Checks an integer of at least 0 and gives it back as an int."""
-    if isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0:
-        return int(value)
     raise ValueError(f"{name} is {value!r}; wanted {wanted}")
 
 
@@ -84,7 +79,7 @@ class SamplingParams:
             "temperature": _number(
                 "temperature", self.temperature, 0.0, math.inf, "a number >= 0 (0 is greedy)"
             ),
-            "top_k": _integer("top_k", self.top_k, "an integer >= 0 (0 keeps all)"),
+            "top_k": check_integer("top_k", self.top_k, 0, wanted="an integer >= 0 (0 keeps all)"),
             "top_p": _number("top_p", self.top_p, 5e-324, 1.0, "a number above 0, up to 1"),
             "min_p": _number("min_p", self.min_p, 0.0, 1.0, "a number from 0 to 1"),
             "repetition_penalty": _number(
@@ -96,7 +91,7 @@ class SamplingParams:
             ),
         }
         if self.seed is not None:
-            checked["seed"] = _integer("seed", self.seed, "an integer >= 0, or None")
+            checked["seed"] = check_integer("seed", self.seed, 0, wanted="an integer >= 0, or None")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -140,12 +135,13 @@ def penalize(
 ) -> NDArray[np.float32]:
     """A copy of `logits` with the repetition penalty on the ids in `seen` (any order, repeats)."""
     out = logits.copy()
-    # Gathered before it is scattered: an id that stands twice in `seen` is penalized once.
-    values = logits[seen]
-    with np.errstate(over="ignore"):
+    # Gathered before it is scattered: an id that stands twice in `seen` is penalized once. In
+    # float64, where every penalty is a finite number above 0; in float32 it may round to neither.
+    values = logits[seen].astype(np.float64)
+    with np.errstate(over="ignore", under="ignore"):
         changed = np.where(values > 0, values / penalty, values * penalty)
-    # A tiny penalty may overflow; the largest float keeps the order, infinity would not be a logit.
-    limit = np.finfo(np.float32).max
+    # The result may overflow; the largest float keeps the order, infinity would not be a logit.
+    limit = float(np.finfo(np.float32).max)
     out[seen] = np.clip(changed, -limit, limit)
     return out
 

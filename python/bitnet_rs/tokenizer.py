@@ -12,13 +12,17 @@ cut up are decided by the checkpoint's `tokenizer.json` alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from bitnet_rs.jsonfile import read_object, read_text
 
 if TYPE_CHECKING:
     import jinja2
     import tokenizers
+
+_T = TypeVar("_T")
 
 _REPLACEMENT = "\ufffd"
 
@@ -43,27 +47,21 @@ _CURE = (
 )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+# Encoded once at load. Words, digits and spaces that any tokenizer for text takes apart, and
+# characters that most vocabularies lack, so that a missing unknown token shows here and not at
+# some user's first prompt.
+_TRIAL = "Trial 1 ☃ 𪛖"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} where there is no such file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return {}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); fetch the file again") from None
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch the file again") from None
-    if isinstance(content, dict):
-        return content
-    raise ValueError(f"{path}: holds a JSON {type(content).__name__}; wanted an object")
+    return read_object(path) if path.is_file() else {}
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """`bos_token`, `eos_token` and their like, by name; each is a string or {"content": ...}."""
     found: dict[str, str] = {}
-    for source in (_read_json(folder / "special_tokens_map.json"), config):
+    for source in (_read_object(folder / "special_tokens_map.json"), config):
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = source.get(name)
             if isinstance(value, Mapping):
@@ -77,7 +75,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None,
     """The chat template and the name of where it stands, for messages."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8"), str(file)
+        return read_text(file), str(file)
     where = f"{folder / 'tokenizer_config.json'}, field chat_template"
     value = config.get("chat_template")
     if value is None or isinstance(value, str):
@@ -112,8 +110,10 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_template: str | None = None,
         chat_template_source: str = "chat_template",
+        source: str = "tokenizer.json",
     ) -> None:
         self._backend = backend
+        self._source = source
         self._special_tokens = dict(special_tokens or {})
         self._template_source = chat_template_source
         self._compiled: jinja2.Template | None = None
@@ -140,7 +140,8 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: There is no tokenizer in the folder.
-            ValueError: There is one in another format, or a file is damaged.
+            ValueError: There is one in another format, it cannot encode text, or a file is
+                damaged.
         """
         path = Path(path)
         file = path / "tokenizer.json"
@@ -159,27 +160,30 @@ class Tokenizer:
             )
         import tokenizers
 
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 (what tokenizers raises for a bad file)
-            raise ValueError(
-                f"{file}: not a tokenizer that this version of tokenizers "
-                f"({tokenizers.__version__}) can read ({error}); fetch the file again, or upgrade "
-                "tokenizers"
-            ) from None
+        backend = _call_backend(
+            lambda: tokenizers.Tokenizer.from_file(str(file)),
+            f"{file}: not a tokenizer that this version of tokenizers ({tokenizers.__version__}) "
+            "can read",
+            "fetch the file again, or upgrade tokenizers",
+        )
         # Some files keep the padding and truncation of their training run.
         backend.no_padding()
         backend.no_truncation()
-        config = _read_json(path / "tokenizer_config.json")
+        config = _read_object(path / "tokenizer_config.json")
         template, source = _chat_template(path, config)
-        return cls(backend, _special_tokens(path, config), template, source)
+        tokenizer = cls(backend, _special_tokens(path, config), template, source, str(file))
+        tokenizer.decode(tokenizer.encode(_TRIAL))
+        return tokenizer
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size})"
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text in the vocabulary; None where there is no such token."""
-        found = self._backend.token_to_id(token)
+        try:
+            found = self._backend.token_to_id(token)
+        except UnicodeEncodeError:  # a lone surrogate, which no vocabulary can hold
+            return None
         return None if found is None else int(found)
 
     def is_special(self, token_id: int) -> bool:
@@ -200,7 +204,8 @@ class Tokenizer:
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: `text` holds lone surrogates, which no encoding can represent.
+            ValueError: `text` holds lone surrogates, which no encoding can represent, or
+                `tokenizer.json` has no token for a part of it.
         """
         if not isinstance(text, str):
             raise TypeError(f"text is a {type(text).__name__}; wanted a str")
@@ -211,7 +216,12 @@ class Tokenizer:
                 f"text holds a lone surrogate at position {error.start}, which is not a character; "
                 "decode the input as UTF-8, or with errors='replace'"
             ) from None
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        encoding = _call_backend(
+            lambda: self._backend.encode(text, add_special_tokens=add_special_tokens),
+            f"{self._source}: the tokenizer cannot encode a text of {len(text)} characters",
+            "its unknown token or a special token is missing; fetch the file again, or repair it",
+        )
+        return list(encoding.ids)
 
     def encode_prompt(self, text: str) -> list[int]:
         """As `encode`, but a text that starts with BOS already does not get a second one."""
@@ -232,10 +242,15 @@ class Tokenizer:
             skip_special_tokens: Leave special tokens out.
 
         Raises:
-            ValueError: An id is negative or not an integer.
+            ValueError: An id is negative or not an integer, or the decoder of `tokenizer.json`
+                fails.
         """
         checked = list(map(_token_id, ids))
-        return str(self._backend.decode(checked, skip_special_tokens=skip_special_tokens))
+        return _call_backend(
+            lambda: str(self._backend.decode(checked, skip_special_tokens=skip_special_tokens)),
+            f"{self._source}: the tokenizer cannot decode {len(checked)} ids",
+            "fetch the file again, or repair its `decoder`",
+        )
 
     def token_text(self, token_id: int) -> str:
         """The text of one token on its own; U+FFFD where it is only part of a character."""
@@ -275,6 +290,11 @@ class Tokenizer:
                     f"{self._template_source}: the chat template does not parse (line "
                     f"{error.lineno}: {error.message}); repair it, or use complete()"
                 ) from None
+            except Exception as error:  # jinja leaves the rest to Python's own compiler
+                raise ValueError(
+                    f"{self._template_source}: the chat template does not compile "
+                    f"({type(error).__name__}: {error}); repair it, or use complete()"
+                ) from error
         return self._compiled
 
     def apply_chat_template(
@@ -320,6 +340,19 @@ class Tokenizer:
                 f"({type(error).__name__}: {error}); roles were "
                 f"{[message['role'] for message in checked]}"
             ) from error
+
+
+def _call_backend(call: Callable[[], _T], what: str, cure: str) -> _T:
+    """Calls into tokenizers, whose errors become ValueErrors: what failed, why, and the cure.
+
+    Its Rust code panics on some files that it loads; such a panic is no Exception in Python.
+    """
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # noqa: BLE001 (what tokenizers raises has no class of its own)
+        raise ValueError(f"{what} ({error}); {cure}") from None
 
 
 def _token_id(value: Any) -> int:

@@ -52,11 +52,10 @@ pub(super) fn rows(
                 dims.vocab - 1
             ));
         }
-        if !model.fits(cache) {
+        if cache.shape() != model.kv_shape() {
             return Err(invalid!(
-                "the cache of segment {segment} was made for {:?}, and this model has {:?}",
-                cache.shape(),
-                model.kv_shape()
+                "the cache of segment {segment} belongs to another model; make one with this \
+                 model's new_cache"
             ));
         }
         cache.reserve(tokens.len()).map_err(|e| match e {

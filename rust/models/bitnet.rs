@@ -98,7 +98,7 @@ impl Bitnet {
             norm: vector(weights, "model.norm.weight", dims.hidden)?,
             layers,
             activation,
-            machine,
+            machine: machine.stopped(),
             dims,
         })
     }

@@ -86,7 +86,7 @@ impl Llama {
             embeddings: Embeddings::new(weights, &machine, &dims)?,
             norm: vector(weights, "model.norm.weight", dims.hidden)?,
             layers,
-            machine,
+            machine: machine.stopped(),
             dims,
         })
     }

@@ -11,7 +11,7 @@ mod weights;
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::kernels::{self, Kernel, PackedMatrix};
-use crate::kv_cache::{KvCache, KvShape};
+use crate::kv_cache::{KvShape, ModelId};
 use crate::threads::Team;
 
 pub use batch::Segment;
@@ -71,6 +71,7 @@ impl Facts {
 
 /// What every model computes with.
 pub struct Machine {
+    id: ModelId,
     /// Instruction set of the float half.
     pub isa: Isa,
     /// Kernel of the ternary projections.
@@ -88,7 +89,14 @@ impl Machine {
     /// An unknown kernel, a wrong `BITNET_RS_ISA`, no threads.
     pub fn new(kernel: Option<&str>, threads: Option<usize>) -> Result<Self, Error> {
         let isa = Isa::best()?;
-        Ok(Self { isa, kernel: kernels::by_name(isa, kernel)?, team: Team::new(threads)? })
+        let kernel = kernels::by_name(isa, kernel)?;
+        Ok(Self { id: ModelId::next(), isa, kernel, team: Team::new(threads)? })
+    }
+
+    /// The same machine with no thread started: packing used some, and a
+    /// process may fork between loading a model and using it.
+    fn stopped(self) -> Self {
+        Self { team: self.team.stopped(), ..self }
     }
 }
 
@@ -116,12 +124,12 @@ pub trait Model: Send + Sync {
     /// What a cache for this model holds.
     fn kv_shape(&self) -> KvShape {
         let dims = self.dims();
-        KvShape { n_layers: dims.n_layers, n_kv_heads: dims.n_kv_heads, head_dim: dims.head_dim }
-    }
-
-    /// Whether `cache` was made for a model of this shape.
-    fn fits(&self, cache: &KvCache) -> bool {
-        cache.shape() == self.kv_shape()
+        KvShape {
+            model: self.machine().id,
+            n_layers: dims.n_layers,
+            n_kv_heads: dims.n_kv_heads,
+            head_dim: dims.head_dim,
+        }
     }
 }
 

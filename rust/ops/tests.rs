@@ -8,7 +8,7 @@ use super::exp::exp_in_place;
 use super::rms_norm::rms_norm;
 use super::rope::{Rope, rotate};
 use crate::cpu::Isa;
-use crate::kv_cache::{KvCache, KvDtype, KvShape};
+use crate::kv_cache::{KvCache, KvDtype, KvShape, ModelId};
 use crate::threads::Team;
 
 /// Values of very different sizes, subnormals and zeros among them.
@@ -176,7 +176,7 @@ fn cache(shape: KvShape, dtype: KvDtype, keys: &[f32], values: &[f32], n: usize)
 #[test]
 fn attention_is_the_same_everywhere_and_right() {
     for (head_dim, group) in [(4, 1), (20, 3), (64, 4), (100, 5), (128, 9)] {
-        let shape = KvShape { n_layers: 1, n_kv_heads: 1, head_dim };
+        let shape = KvShape { model: ModelId::next(), n_layers: 1, n_kv_heads: 1, head_dim };
         for n in [1, 2, 16, 17, KEY_BLOCK, KEY_BLOCK + 1, 2 * KEY_BLOCK + 37] {
             let q = values(group * head_dim, 20);
             let unit = |seed| -> Vec<f32> {
@@ -230,7 +230,7 @@ fn oracle(q: &[f32], k: &[f32], v: &[f32], head_dim: usize) -> Vec<f64> {
 /// same group of lanes or page.
 #[test]
 fn later_keys_leave_no_trace() {
-    let shape = KvShape { n_layers: 1, n_kv_heads: 1, head_dim: 20 };
+    let shape = KvShape { model: ModelId::next(), n_layers: 1, n_kv_heads: 1, head_dim: 20 };
     let (q, k, v) = (values(20, 30), values(200 * 20, 31), values(200 * 20, 32));
     let all = cache(shape, KvDtype::F16, &k, &v, 200);
     for n in [1, 5, 16, 127, 128, 129] {

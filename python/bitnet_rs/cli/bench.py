@@ -43,6 +43,8 @@ def bench(
     """Measure prefill and decode speed."""
     if model is not None and synthetic is not None:
         raise typer.BadParameter("--synthetic stands instead of MODEL; leave one of them out.")
+    if revision is not None and synthetic is not None:
+        raise typer.BadParameter("--synthetic is no hub id and has no --revision; leave it out.")
     import bitnet_rs
     from bitnet_rs import bench as bencher
 
@@ -79,6 +81,12 @@ def bench(
 
 def _print(report: "BenchReport") -> None:
     peak = report.peak_rss_bytes
+    memory = ": not compared, as there was no memory left to measure its speed in"
+    if report.memory_read_gb_per_s is not None and report.read_percent is not None:
+        memory = (
+            f": {report.read_percent:.0f} % of the {report.memory_read_gb_per_s:,.1f} GB/s that "
+            "memory gave"
+        )
     common.print_table(
         {
             "model": f"{report.model}, {report.params / 1e6:,.1f} M parameters, "
@@ -90,8 +98,7 @@ def _print(report: "BenchReport") -> None:
             "decode": f"{report.decode_tokens_per_s:,.1f} tokens/s  ({report.new_tokens} tokens, "
             f"after the prompt, kv cache in {report.kv_dtype})",
             "reading": f"{report.read_gb_per_s:,.1f} GB/s of weights while decoding "
-            f"({report.bytes_per_token / 1e6:,.1f} MB a token): {report.read_percent:.0f} % of the "
-            f"{report.memory_read_gb_per_s:,.1f} GB/s that memory gave",
+            f"({report.bytes_per_token / 1e6:,.1f} MB a token){memory}",
             "peak memory": f"{peak / 1e6:,.0f} MB" if peak else "not known on this system",
         }
     )

@@ -57,6 +57,7 @@ def chat(
     /help lists the commands. Ctrl-C stops a reply; Ctrl-D leaves. Piped input is read line by
     line, each line a message.
     """
+    stdin = common.standard_input()
     import bitnet_rs
 
     loaded = bitnet_rs.load(
@@ -74,8 +75,8 @@ def chat(
         "seed": seed,
     }
     conversation = loaded.chat(system)
-    if not sys.stdin.isatty():
-        for line in sys.stdin:
+    if not stdin.isatty():
+        while line := common.read_text(stdin.readline, "a message"):
             message = line.rstrip("\r\n")
             if message and not _turn(conversation, message, options, stats=stats):
                 break

@@ -6,12 +6,15 @@ one range and one help text everywhere. A value out of range is wrong usage (exi
 """
 
 import json
+import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TextIO
 
 import typer
 
 from bitnet_rs import _core
+from bitnet_rs.machine import MAX_THREADS
 
 if TYPE_CHECKING:
     from bitnet_rs import Timings, Usage
@@ -24,11 +27,23 @@ def _known_kernel(name: str) -> str:
     return name
 
 
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
 def _above_zero(value: float | None) -> float | None:
     # typer's `min` cannot leave out the bound itself.
     if value is not None and value <= 0:
         raise typer.BadParameter(f"{value} is not above 0.")
-    return value
+    return _finite(value)
+
+
+def _not_empty(strings: list[str] | None) -> list[str] | None:
+    if strings is not None and "" in strings:
+        raise typer.BadParameter("an empty string is found everywhere; write one or leave it out.")
+    return strings
 
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or demo.")]
@@ -38,6 +53,7 @@ Threads = Annotated[
         "--threads",
         "-t",
         min=1,
+        max=MAX_THREADS,
         help="Threads that compute. Else BITNET_RS_THREADS, else one per physical core.",
     ),
 ]
@@ -76,7 +92,7 @@ MaxTokens = Annotated[
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0.0, help="0 is greedy; higher is more random."),
+    typer.Option(min=0.0, callback=_finite, help="0 is greedy; higher is more random."),
 ]
 TopK = Annotated[
     int | None,
@@ -95,6 +111,7 @@ MinP = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
+        callback=_finite,
         help="Drop tokens below this share of the best one's probability; 0: none.",
     ),
 ]
@@ -110,9 +127,38 @@ Seed = Annotated[
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option("--stop", help="End before this string; may be given several times."),
+    typer.Option(
+        "--stop",
+        callback=_not_empty,
+        help="End before this string; may be given several times.",
+    ),
 ]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after stop tokens.")]
+
+
+def standard_input() -> TextIO:
+    """Where prompts and messages are read from.
+
+    Raises:
+        ValueError: It was closed, as by `<&-`.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input is closed; wanted a terminal, a pipe or a file there")
+    return sys.stdin
+
+
+def read_text(read: Callable[[], str], name: str) -> str:
+    """What `read` takes from stdin.
+
+    Raises:
+        ValueError: It is not UTF-8 text.
+    """
+    try:
+        text = read()
+        text.encode()  # lone surrogates stand for bytes that could not be decoded
+    except UnicodeError:
+        raise ValueError(f"{name} on stdin is not UTF-8 text; convert it first") from None
+    return text
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ arguments is the model and where the prompt comes from.
 """
 
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -126,9 +125,13 @@ def _model_and_prompt(first: str | None, second: str | None, model: str | None) 
     hint = "write one behind the model, or alone for demo"
     if first == model and second is None:
         hint = f"write one behind the model; if {first!r} is the prompt, add --model demo"
-    if sys.stdin.isatty():
+    stdin = common.standard_input()
+    if stdin.isatty():
         raise typer.BadParameter(f"no prompt; {hint}, or pipe it in.")
-    return model, _read_stdin(hint)
+    text = common.read_text(stdin.read, "the prompt").removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise ValueError(f"the prompt on stdin is empty; {hint}, or pipe some text in")
+    return model, text
 
 
 def _names_model(argument: str) -> bool:
@@ -141,15 +144,3 @@ def _names_model(argument: str) -> bool:
     except (OSError, RuntimeError, ValueError):  # too long for a path, no such home, a null byte
         return False
     return _HUB_ID.fullmatch(argument) is not None or argument.endswith(".gguf")
-
-
-def _read_stdin(hint: str) -> str:
-    try:
-        text = sys.stdin.read()
-        text.encode()  # lone surrogates stand for bytes that could not be decoded
-    except UnicodeError:
-        raise ValueError("the prompt on stdin is not UTF-8 text; convert it first") from None
-    text = text.removesuffix("\n").removesuffix("\r")
-    if not text:
-        raise ValueError(f"the prompt on stdin is empty; {hint}, or pipe some text in")
-    return text

@@ -124,7 +124,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         "layers": f"{facts['n_layers']} of width {facts['hidden_size']} and "
         f"{facts['intermediate_size']}; {heads}",
         "vocabulary": f"{facts['vocab_size']} tokens; stops at {facts['stop_ids']}",
-        "tokenizer": "none; only token ids work"
+        "tokenizer": "none; only logits() and core.forward() work, on token ids"
         if not facts["tokenizer"]
         else "with a chat template"
         if facts["chat_template"]

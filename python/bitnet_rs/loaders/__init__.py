@@ -5,7 +5,6 @@ For `model.load`. `open_checkpoint` finds the folder (`hub`), validates the file
 small JSON files, and each tensor only when the core asks for it.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from bitnet_rs.jsonfile import read_object
 from bitnet_rs.loaders.hub import locate
 from bitnet_rs.loaders.names import canonical_weights, format_of
 from bitnet_rs.loaders.safetensors import TensorInfo, open_folder
@@ -70,9 +70,10 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
         KeyError: A tensor is missing.
         ValueError: A file, field or tensor is malformed or not supported; the message names it.
         RuntimeError: The download failed, or the repository is gated.
+        TypeError: `source` is neither a string nor a path.
     """
     name, folder = locate(source, revision)
-    config = _read_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     generation = folder / "generation_config.json"
     tensors = open_folder(folder)
     weights, arch, tied = canonical_weights(tensors, config, folder)
@@ -82,7 +83,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
         path=folder,
         config=config,
         core_config={**config, "model_type": arch, "tie_word_embeddings": tied},
-        generation_config=_read_object(generation) if generation.is_file() else {},
+        generation_config=read_object(generation) if generation.is_file() else {},
         weights=weights,
         format=format_of(weights),
         # Every form that is accepted today comes from training with both quantizers in place.
@@ -94,13 +95,3 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
         n_files_bytes=sum(file.stat().st_size for file in files),
         _tensors=tensors,
     )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if type(content) is not dict:
-        raise ValueError(f"{path}: holds a {type(content).__name__}; wanted a JSON object")
-    return content

@@ -30,6 +30,9 @@ _SMALL_FILES: Final = (
     INDEX_FILE,
 )
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SOURCES: Final = (
+    "'demo', the folder of a checkpoint, or a hub id such as 'microsoft/bitnet-b1.58-2B-4T'"
+)
 _NO_GGUF: Final = (
     "GGUF files are not read yet; name the safetensors repository or folder of the same model"
 )
@@ -50,11 +53,22 @@ def locate(source: str | os.PathLike[str], revision: str | None = None) -> tuple
     Raises:
         FileNotFoundError: No such folder, repository, revision or file, or not cached while
             offline.
-        ValueError: The source is no folder and no hub id, or a GGUF file.
+        ValueError: The source is empty, a GGUF or other file, or a folder with a revision.
         RuntimeError: The download failed.
+        TypeError: The source is neither a string nor a path.
     """
-    name = os.fspath(source)
-    folder = Path(name).expanduser()
+    name = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if not isinstance(name, str):
+        raise TypeError(f"source is a {type(source).__name__}; wanted a str or a path: {_SOURCES}")
+    if not name:
+        raise ValueError(f"source is empty; wanted {_SOURCES} ('.' is the current folder)")
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(
+            f"{name!r} starts in the home folder of a user that this machine does not know; "
+            "write the folder out, or './~...' for a folder that is called so"
+        ) from None
     if name != DEMO and not folder.is_dir():
         if name.lower().endswith(".gguf"):
             raise ValueError(f"{name}: {_NO_GGUF}")

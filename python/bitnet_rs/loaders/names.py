@@ -9,9 +9,12 @@ Everything that changes the result and is not understood is refused: a form, a f
 that no architecture here has.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Self
 
@@ -148,33 +151,75 @@ def _refuse_unconverted(modules: object, where: Path) -> None:
     field = f"{where}: field `quantization_config.modules_to_not_convert`"
     if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
         raise ValueError(f"{field} is {modules!r}; wanted null or a list of module names")
-    layer = "model.layers.0."
     for entry in modules:
-        # transformers takes an entry for a pattern from the start, or for an ending. The
-        # layer's number is made to agree with any that the entry names.
-        pattern = re.sub(r"\blayers\.\d+", "layers.0", entry)
-        try:
-            hits = [p for p in _PROJECTIONS if re.match(pattern, layer + p) or p.endswith(pattern)]
-        except re.error as error:
-            raise ValueError(f"{field} has the entry {entry!r}: no pattern ({error})") from error
-        if hits:
+        if not re.fullmatch(r"[A-Za-z0-9_.*]*", entry):
             raise ValueError(
-                f"{field} keeps {entry!r} in float; "
+                f"{field} has the entry {reprlib.repr(entry)}; wanted names of modules: letters, "
+                "digits, '_', '.', and '*' for any run of characters"
+            )
+        if any(_may_mean(entry, name) for name in _all_projections()):
+            raise ValueError(
+                f"{field} keeps {reprlib.repr(entry)} in float; "
                 "models with a part of their projections in float are not supported"
             )
 
 
+def _all_projections() -> Iterator[str]:
+    """Names of all projections, with a layer's number of one to three digits, all of them 0."""
+    for number, projection in product(("0", "00", "000"), _PROJECTIONS):
+        yield f"model.layers.{number}.{projection}"
+
+
+def _may_mean(entry: str, name: str) -> bool:
+    """Whether an entry could stand for a module whose name differs in digits only.
+
+    transformers takes an entry for a regular expression that matches from the start of a name,
+    or for a name's ending. A foreign file's regular expression may take for ever, so this
+    matches by hand, in time of the lengths' product, a little more than the expression would: a
+    `.` is any character, and a `*` any run, which may also replace the character before it.
+    """
+    entry = re.sub(r"\d", "0", entry)
+    if name.endswith(entry):
+        return True
+    *starred, last = entry.split("*")
+    pieces = [*(piece[:-1] for piece in starred), last]
+    position = 0
+    for i, piece in enumerate(pieces):
+        ends = len(name) - len(piece) if i else 0  # the first piece is where the name starts
+        for start in range(position, ends + 1):
+            part = name[start : start + len(piece)]
+            if len(part) == len(piece) and all(
+                p in (".", c) for p, c in zip(piece, part, strict=True)
+            ):
+                position = start + len(piece)
+                break
+        else:
+            return False
+    return True
+
+
+# Fields of config.json whose product is one axis of a tensor.
+Axis = tuple[str, ...]
+_HIDDEN: Final[Axis] = ("hidden_size",)
+_FFN: Final[Axis] = ("intermediate_size",)
+_VOCAB: Final[Axis] = ("vocab_size",)
+_QUERIES: Final[Axis] = ("num_attention_heads", "head_dim")
+_KEYS: Final[Axis] = ("num_key_value_heads", "head_dim")
+
+
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that fix the shape of every tensor."""
+    """The sizes that fix the shape of every tensor.
 
-    hidden_size: int
-    intermediate_size: int
+    Attributes:
+        n_layers: Layers.
+        sizes: The other sizes, by their field of config.json.
+        derived: How a size follows from others, for the fields that are not there.
+    """
+
     n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    vocab_size: int
+    sizes: Mapping[str, int]
+    derived: Mapping[str, str]
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: Path) -> Self:
@@ -184,66 +229,80 @@ class Dimensions:
             ValueError: A field is missing or not a positive integer.
         """
 
-        def size(field: str, default: int | None = None) -> int:
+        def size(field: str) -> int:
             value = config.get(field)
-            if value is None and default is not None:
-                return default
             if type(value) is not int or value < 1:
                 raise ValueError(
                     f"{where}: field `{field}` is {value!r}; wanted a positive integer"
                 )
             return value
 
-        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        sizes = {
+            field: size(field)
+            for field in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
+        }
+        hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         if config.get("head_dim") is None and hidden % heads:
             raise ValueError(
                 f"{where}: `hidden_size` {hidden} is no multiple of `num_attention_heads` "
                 f"{heads}, and there is no `head_dim`"
             )
-        return cls(
-            hidden_size=hidden,
-            intermediate_size=size("intermediate_size"),
-            n_layers=size("num_hidden_layers"),
-            n_heads=heads,
-            n_kv_heads=size("num_key_value_heads", heads),
-            head_dim=size("head_dim", hidden // heads),
-            vocab_size=size("vocab_size"),
+        derived = {}
+        for field, default, origin in (
+            ("num_key_value_heads", heads, "`num_attention_heads`"),
+            ("head_dim", hidden // heads, "`hidden_size` / `num_attention_heads`"),
+        ):
+            if config.get(field) is None:
+                sizes[field], derived[field] = default, origin
+            else:
+                sizes[field] = size(field)
+        return cls(size("num_hidden_layers"), sizes, derived)
+
+    def shape(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+        """The shape of a tensor with these axes."""
+        return tuple(math.prod(self.sizes[field] for field in axis) for axis in axes)
+
+    def explain(self, axis: Axis) -> str:
+        """The fields and values whose product is the length of an axis."""
+        return " x ".join(
+            f"`{field}` {self.sizes[field]}"
+            + (f" (= {self.derived[field]})" if field in self.derived else "")
+            for field in axis
         )
 
 
 # Rows and columns of each projection.
-_PROJECTIONS: Final[Mapping[str, Callable[[Dimensions], tuple[int, int]]]] = {
-    "self_attn.q_proj": lambda d: (d.n_heads * d.head_dim, d.hidden_size),
-    "self_attn.k_proj": lambda d: (d.n_kv_heads * d.head_dim, d.hidden_size),
-    "self_attn.v_proj": lambda d: (d.n_kv_heads * d.head_dim, d.hidden_size),
-    "self_attn.o_proj": lambda d: (d.hidden_size, d.n_heads * d.head_dim),
-    "mlp.gate_proj": lambda d: (d.intermediate_size, d.hidden_size),
-    "mlp.up_proj": lambda d: (d.intermediate_size, d.hidden_size),
-    "mlp.down_proj": lambda d: (d.hidden_size, d.intermediate_size),
+_PROJECTIONS: Final[Mapping[str, tuple[Axis, Axis]]] = {
+    "self_attn.q_proj": (_QUERIES, _HIDDEN),
+    "self_attn.k_proj": (_KEYS, _HIDDEN),
+    "self_attn.v_proj": (_KEYS, _HIDDEN),
+    "self_attn.o_proj": (_HIDDEN, _QUERIES),
+    "mlp.gate_proj": (_FFN, _HIDDEN),
+    "mlp.up_proj": (_FFN, _HIDDEN),
+    "mlp.down_proj": (_HIDDEN, _FFN),
 }
 
 
 def _expected(
-    dims: Dimensions, arch: Architecture, form: Form, *, head: bool
-) -> Iterator[tuple[str, Kind, tuple[int, ...]]]:
-    """Canonical name, kind and canonical shape of every tensor, in the order of the layers."""
-    hidden = (dims.hidden_size,)
-    yield "model.embed_tokens.weight", "dense", (dims.vocab_size, dims.hidden_size)
-    for i in range(dims.n_layers):
+    n_layers: int, arch: Architecture, form: Form, *, head: bool
+) -> Iterator[tuple[str, Kind, tuple[Axis, ...]]]:
+    """Canonical name, kind and axes of every tensor, in the order of the layers."""
+    yield "model.embed_tokens.weight", "dense", (_VOCAB, _HIDDEN)
+    for i in range(n_layers):
         layer = f"model.layers.{i}."
-        yield layer + "input_layernorm.weight", "norm", hidden
-        yield layer + "post_attention_layernorm.weight", "norm", hidden
+        yield layer + "input_layernorm.weight", "norm", (_HIDDEN,)
+        yield layer + "post_attention_layernorm.weight", "norm", (_HIDDEN,)
         if arch == "bitnet":
-            yield layer + "self_attn.attn_sub_norm.weight", "norm", (dims.n_heads * dims.head_dim,)
-            yield layer + "mlp.ffn_sub_norm.weight", "norm", (dims.intermediate_size,)
-        for projection, shape in _PROJECTIONS.items():
+            yield layer + "self_attn.attn_sub_norm.weight", "norm", (_QUERIES,)
+            yield layer + "mlp.ffn_sub_norm.weight", "norm", (_FFN,)
+        for projection, axes in _PROJECTIONS.items():
             name = f"{layer}{projection}.weight"
-            yield name, "packed" if form.packed else "masters", shape(dims)
+            yield name, "packed" if form.packed else "masters", axes
             if form.packed:
-                yield f"{name}_scale", "scale", (1,)
-    yield "model.norm.weight", "norm", hidden
+                yield f"{name}_scale", "scale", ((),)  # one element
+    yield "model.norm.weight", "norm", (_HIDDEN,)
     if head:
-        yield "lm_head.weight", "dense", (dims.vocab_size, dims.hidden_size)
+        yield "lm_head.weight", "dense", (_VOCAB, _HIDDEN)
 
 
 @dataclass(frozen=True)
@@ -323,7 +382,7 @@ def canonical_weights(
     tied = _is_tied(config, on_disk, where)
 
     entries: dict[str, _Entry] = {}
-    for name, kind, shape in _expected(dims, arch, form, head=not tied):
+    for name, kind, axes in _expected(dims.n_layers, arch, form, head=not tied):
         if name not in on_disk:
             hint = (
                 "; a packed projection needs its scale, and nothing else says how large it is"
@@ -333,8 +392,8 @@ def canonical_weights(
                 else ""
             )
             raise KeyError(f"tensor {name} is not in the checkpoint {folder}{hint}")
-        entries[name] = _Entry(on_disk[name], kind, shape)
-        _check_header(entries[name], form, where)
+        entries[name] = _Entry(on_disk[name], kind, dims.shape(axes))
+        _check_header(entries[name], axes, dims, where)
     for name, info in on_disk.items():
         if name not in entries and not (tied and name == "lm_head.weight"):
             _refuse_unexpected(name, info, arch, dims, where)
@@ -457,7 +516,7 @@ def _same_content(a: TensorInfo, b: TensorInfo) -> bool:
     return all(np.array_equal(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step))
 
 
-def _check_header(entry: _Entry, form: Form, where: Path) -> None:
+def _check_header(entry: _Entry, axes: tuple[Axis, ...], dims: Dimensions, where: Path) -> None:
     """Checks dtype and shape of a tensor on disk against its kind and canonical shape."""
     info, kind, shape = entry.info, entry.kind, entry.shape
 
@@ -486,10 +545,17 @@ def _check_header(entry: _Entry, form: Form, where: Path) -> None:
     if kind == "scale" and info.shape == ():
         return
     if info.shape != wanted:
-        packing = f" ({shape[0]} rows, four to a byte)" if kind == "packed" else ""
+        reasons = [
+            dims.explain(axis) + (f" = {n}" if len(axis) > 1 else "")
+            for axis, n in zip(axes, shape, strict=True)
+            if axis
+        ]
+        if kind == "packed":
+            reasons[0] += " rows, four to a byte"
+        why = f" ({'; '.join(reasons)})" if reasons else ""
         refuse(
             f"has shape {list(info.shape)}",
-            f"the sizes in {where.name} want {list(wanted)}{packing}",
+            f"the sizes in {where.name} want {list(wanted)}{why}",
         )
 
 

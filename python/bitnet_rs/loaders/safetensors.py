@@ -18,6 +18,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_rs.jsonfile import read_object
+
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 
@@ -125,11 +127,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         ValueError: It is not such an index, or it names a file outside its own folder.
     """
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
             f"{path}: field `weight_map` must map tensor names to shard files; download it again"
