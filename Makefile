@@ -53,7 +53,7 @@ bench: $(CORE)  ## Benchmarks: criterion, then pytest-benchmark
 	cargo bench --locked
 	$(BIN)/python -m pytest benches --benchmark-only
 
-bench-results: $(CORE)  ## Measure what docs/performance.md quotes (quiet machine, 10 minutes)
+bench-results: $(CORE)  ## Measure what docs/performance.md quotes (on a quiet machine)
 	$(BIN)/python benches/record.py
 
 wheel: rust $(BIN)/maturin  ## Build a wheel into dist/
