@@ -3,10 +3,14 @@
 //!
 //! For each layer and key/value head there are pages of 128 positions:
 //!
-//! - keys in groups of 16 positions, transposed: `[group][head_dim][16]`, so
+//! - keys in groups of 32 positions, transposed: `[group][head_dim][32]`, so
 //!   that the lanes of a register are keys;
-//! - values by position: `[position][width]`, where `width` is `head_dim`
-//!   rounded up to 16 with zeros, so that the lanes are dimensions.
+//! - values in groups of 32 dimensions: `[group][position][32]`, so that the
+//!   lanes are dimensions; `head_dim` is rounded up with zeros.
+//!
+//! A [`Strip`] of 32 is two registers, which attention takes side by side, and
+//! it walks each group from beginning to end: one stream. Values by position,
+//! `[position][head_dim]`, were read in strides, at a third of the speed.
 //!
 //! Rounded to the cache's type when written; prefill and decode both read
 //! them from here, so they see the same numbers. Float16 saturates at +-65504
@@ -81,9 +85,9 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// `head_dim` rounded up to whole registers.
+    /// `head_dim` rounded up to whole strips.
     fn width(self) -> usize {
-        self.head_dim.next_multiple_of(LANES)
+        self.head_dim.next_multiple_of(STRIP)
     }
 }
 
@@ -92,10 +96,20 @@ pub(crate) struct HeadKv<E> {
     pages: Vec<Page<E>>,
 }
 
+/// Elements of a [`Strip`]; divides [`PAGE`].
+pub(crate) const STRIP: usize = 2 * LANES;
+
+/// Two registers of elements, on a cache line of their own.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Strip<E>(pub(crate) [[E; LANES]; 2]);
+
 /// Keys and values of [`PAGE`] positions.
 pub(crate) struct Page<E> {
-    pub(crate) keys: Vec<[E; LANES]>,
-    pub(crate) values: Vec<[E; LANES]>,
+    /// `[position / 32][dimension][position % 32]`
+    pub(crate) keys: Vec<Strip<E>>,
+    /// `[dimension / 32][position][dimension % 32]`
+    pub(crate) values: Vec<Strip<E>>,
 }
 
 /// A type that keys and values are rounded to.
@@ -126,8 +140,8 @@ impl<E: KvElement> HeadKv<E> {
     /// Adds pages until `positions` fit.
     fn reserve(&mut self, shape: KvShape, positions: usize) -> Result<(), TryReserveError> {
         while self.pages.len() * PAGE < positions {
-            let keys = zeroed(PAGE / LANES * shape.head_dim)?;
-            let values = zeroed(PAGE / LANES * shape.width())?;
+            let keys = zeroed(PAGE / STRIP * shape.head_dim)?;
+            let values = zeroed(PAGE * shape.width() / STRIP)?;
             self.pages.try_reserve(1)?;
             self.pages.push(Page { keys, values });
         }
@@ -137,23 +151,23 @@ impl<E: KvElement> HeadKv<E> {
     fn write(&mut self, position: usize, key: &[f32], value: &[f32]) {
         let page = &mut self.pages[position / PAGE];
         let position = position % PAGE;
-        let head_dim = key.len();
-        let group = &mut page.keys[position / LANES * head_dim..][..head_dim];
-        for (lanes, &k) in group.iter_mut().zip(key) {
-            lanes[position % LANES] = E::from_f32(k);
+        let group = &mut page.keys[position / STRIP * key.len()..][..key.len()];
+        for (strip, &k) in group.iter_mut().zip(key) {
+            strip.0[position % STRIP / LANES][position % LANES] = E::from_f32(k);
         }
-        let width = head_dim.div_ceil(LANES);
-        let row = page.values[position * width..][..width].as_flattened_mut();
-        for (slot, &v) in row.iter_mut().zip(value) {
-            *slot = E::from_f32(v);
+        for (strips, v) in page.values.chunks_exact_mut(PAGE).zip(value.chunks(STRIP)) {
+            let strip = strips[position].0.as_flattened_mut();
+            for (slot, &v) in strip.iter_mut().zip(v) {
+                *slot = E::from_f32(v);
+            }
         }
     }
 }
 
-fn zeroed<E: KvElement>(len: usize) -> Result<Vec<[E; LANES]>, TryReserveError> {
+fn zeroed<E: KvElement>(len: usize) -> Result<Vec<Strip<E>>, TryReserveError> {
     let mut v = Vec::new();
     v.try_reserve_exact(len)?;
-    v.resize(len, [E::default(); LANES]);
+    v.resize(len, Strip([[E::default(); LANES]; 2]));
     Ok(v)
 }
 

@@ -22,15 +22,16 @@ use super::lanes::{LaneOp, Lanes, dispatch};
 use super::tree_sum;
 use crate::cpu::Isa;
 use crate::floats::LANES;
-use crate::kv_cache::{HeadKv, KvCache, KvElement, PAGE, Storage};
+use crate::kv_cache::{HeadKv, KvCache, KvElement, PAGE, STRIP, Storage, Strip};
 
 /// Keys that share a softmax maximum: many enough that merging costs little,
 /// few enough that scores and weights stay in L1. A page of the cache.
 pub const KEY_BLOCK: usize = PAGE;
 
-/// Query heads that share the loads of keys and values. Together with tiles of
-/// registers (16 keys, or 16 dimensions) there are 8 chains of multiply-adds,
-/// or 4 where a head stands alone: enough to hide their latency.
+/// Query heads that share the loads of keys and values. With the two registers
+/// of a strip (32 keys, or 32 dimensions) there are 8 chains of multiply-adds;
+/// a head that stands alone takes two strips, for 4: enough to hide their
+/// latency.
 const HEAD_TILE: usize = 4;
 
 /// Attends with the query heads `q` (each `head_dim` long, already turned by
@@ -74,18 +75,18 @@ impl<E: KvElement> LaneOp for Attend<'_, E> {
         let tile = HEAD_TILE * head_dim;
         let tiles = q.len() / tile * tile;
         for (q, out) in q[..tiles].chunks_exact(tile).zip(out[..tiles].chunks_exact_mut(tile)) {
-            attend_tile::<HEAD_TILE, 2, E, L>(lanes, q, kv, head_dim, n_keys, out);
+            attend_tile::<HEAD_TILE, 1, E, L>(lanes, q, kv, head_dim, n_keys, out);
         }
         let rest = q[tiles..].chunks_exact(head_dim).zip(out[tiles..].chunks_exact_mut(head_dim));
         for (q, out) in rest {
-            attend_tile::<1, 4, E, L>(lanes, q, kv, head_dim, n_keys, out);
+            attend_tile::<1, 2, E, L>(lanes, q, kv, head_dim, n_keys, out);
         }
     }
 }
 
-/// `H` query heads at once, with tiles of `R` registers.
+/// `H` query heads and `S` strips at once.
 #[inline(always)]
-fn attend_tile<const H: usize, const R: usize, E: KvElement, L: Lanes>(
+fn attend_tile<const H: usize, const S: usize, E: KvElement, L: Lanes>(
     lanes: L,
     q: &[f32],
     kv: &HeadKv<E>,
@@ -95,14 +96,13 @@ fn attend_tile<const H: usize, const R: usize, E: KvElement, L: Lanes>(
 ) {
     // Rounded once, from float64, as transformers' `head_dim**-0.5`.
     let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
-    let width = head_dim.div_ceil(LANES);
     let mut max = [0f32; H];
     let mut sum = [0f32; H];
     let mut p = [[[0f32; LANES]; KEY_BLOCK / LANES]; H];
     for (b, first) in (0..n_keys).step_by(KEY_BLOCK).enumerate() {
         let n = KEY_BLOCK.min(n_keys - first);
         let page = kv.page(b);
-        scores::<H, R, E, L>(lanes, q, &page.keys, head_dim, n, scale, &mut p);
+        scores::<H, S, E, L>(lanes, q, &page.keys, head_dim, n, scale, &mut p);
         // What the block adds to: its own maximum if it is the first.
         let mut keep = [0f32; H];
         let mut gain = [1f32; H];
@@ -118,18 +118,19 @@ fn attend_tile<const H: usize, const R: usize, E: KvElement, L: Lanes>(
             }
         }
         let p: [&[f32]; H] = std::array::from_fn(|h| &p[h].as_flattened()[..n]);
-        let mut c = 0;
-        while c + R <= width {
-            let tiles = weighted_values::<H, R, E, L>(lanes, p, &page.values, width, c);
+        let groups = head_dim.div_ceil(STRIP);
+        let mut g = 0;
+        while g + S <= groups {
+            let tiles = weighted_values::<H, S, E, L>(lanes, p, &page.values[g * PAGE..]);
             for (i, acc) in tiles.iter().enumerate() {
-                merge(out, acc, head_dim, c + i, b == 0, keep, gain);
+                merge(out, acc, head_dim, g + i, b == 0, keep, gain);
             }
-            c += R;
+            g += S;
         }
-        while c < width {
-            let [acc] = weighted_values::<H, 1, E, L>(lanes, p, &page.values, width, c);
-            merge(out, &acc, head_dim, c, b == 0, keep, gain);
-            c += 1;
+        while g < groups {
+            let [acc] = weighted_values::<H, 1, E, L>(lanes, p, &page.values[g * PAGE..]);
+            merge(out, &acc, head_dim, g, b == 0, keep, gain);
+            g += 1;
         }
     }
     for (out, sum) in out.chunks_exact_mut(head_dim).zip(sum) {
@@ -140,74 +141,80 @@ fn attend_tile<const H: usize, const R: usize, E: KvElement, L: Lanes>(
     }
 }
 
-/// Adds a block's sums over values, for the dimensions of register `c`.
+/// Adds a block's sums over values, for the dimensions of group `g`.
 #[inline(always)]
 fn merge<const H: usize>(
     out: &mut [f32],
-    acc: &[[f32; LANES]; H],
+    acc: &[[[f32; LANES]; 2]; H],
     head_dim: usize,
-    c: usize,
+    g: usize,
     first: bool,
     keep: [f32; H],
     gain: [f32; H],
 ) {
-    let dims = LANES.min(head_dim - c * LANES);
+    let dims = STRIP.min(head_dim - g * STRIP);
     for h in 0..H {
-        let out = &mut out[h * head_dim + c * LANES..][..dims];
-        for (o, &a) in out.iter_mut().zip(&acc[h]) {
+        let out = &mut out[h * head_dim + g * STRIP..][..dims];
+        for (o, &a) in out.iter_mut().zip(acc[h].as_flattened()) {
             *o = if first { a } else { o.mul_add(keep[h], a * gain[h]) };
         }
     }
 }
 
-/// Scaled scores of `n` keys, 16 at a time; lanes past `n` hold leftovers.
+/// Scaled scores of `n` keys, 32 at a time; lanes past `n` hold leftovers.
 #[inline(always)]
-fn scores<const H: usize, const R: usize, E: KvElement, L: Lanes>(
+fn scores<const H: usize, const S: usize, E: KvElement, L: Lanes>(
     l: L,
     q: &[f32],
-    keys: &[[E; LANES]],
+    keys: &[Strip<E>],
     head_dim: usize,
     n: usize,
     scale: f32,
     p: &mut [[[f32; LANES]; KEY_BLOCK / LANES]; H],
 ) {
     let q: [&[f32]; H] = std::array::from_fn(|h| &q[h * head_dim..][..head_dim]);
-    let groups = n.div_ceil(LANES);
+    let groups = n.div_ceil(STRIP);
     let mut g = 0;
-    while g + R <= groups {
-        let tiles = dots::<H, R, E, L>(l, q, &keys[g * head_dim..], head_dim);
-        for r in 0..R {
+    while g + S <= groups {
+        let tiles = dots::<H, S, E, L>(l, q, &keys[g * head_dim..], head_dim);
+        for s in 0..S {
             for h in 0..H {
-                p[h][g + r] = l.to_array(tiles[r][h]).map(|s| s * scale);
+                for i in 0..2 {
+                    p[h][2 * (g + s) + i] = l.to_array(tiles[s][h][i]).map(|x| x * scale);
+                }
             }
         }
-        g += R;
+        g += S;
     }
     while g < groups {
-        let [acc] = dots::<H, 1, E, L>(l, q, &keys[g * head_dim..], head_dim);
+        let [tile] = dots::<H, 1, E, L>(l, q, &keys[g * head_dim..], head_dim);
         for h in 0..H {
-            p[h][g] = l.to_array(acc[h]).map(|s| s * scale);
+            for i in 0..2 {
+                p[h][2 * g + i] = l.to_array(tile[h][i]).map(|x| x * scale);
+            }
         }
         g += 1;
     }
 }
 
-/// Dot products of `H` queries with `R` groups of 16 keys.
+/// Dot products of `H` queries with `S` groups of 32 keys.
 #[inline(always)]
-fn dots<const H: usize, const R: usize, E: KvElement, L: Lanes>(
+fn dots<const H: usize, const S: usize, E: KvElement, L: Lanes>(
     l: L,
     q: [&[f32]; H],
-    keys: &[[E; LANES]],
+    keys: &[Strip<E>],
     head_dim: usize,
-) -> [[L::V; H]; R] {
-    let keys: [&[[E; LANES]]; R] = std::array::from_fn(|r| &keys[r * head_dim..(r + 1) * head_dim]);
-    let mut acc = [[l.splat(0.0); H]; R];
+) -> [[[L::V; 2]; H]; S] {
+    let keys: [&[Strip<E>]; S] = std::array::from_fn(|s| &keys[s * head_dim..(s + 1) * head_dim]);
+    let mut acc = [[[l.splat(0.0); 2]; H]; S];
     for d in 0..head_dim {
-        let k: [L::V; R] = std::array::from_fn(|r| E::load(l, &keys[r][d]));
-        for h in 0..H {
-            let q = l.splat(q[h][d]);
-            for r in 0..R {
-                acc[r][h] = l.fma(k[r], q, acc[r][h]);
+        let q: [L::V; H] = std::array::from_fn(|h| l.splat(q[h][d]));
+        for s in 0..S {
+            let [low, high] = &keys[s][d].0;
+            let (low, high) = (E::load(l, low), E::load(l, high));
+            for h in 0..H {
+                acc[s][h][0] = l.fma(low, q[h], acc[s][h][0]);
+                acc[s][h][1] = l.fma(high, q[h], acc[s][h][1]);
             }
         }
     }
@@ -234,25 +241,26 @@ fn weights(p: &mut [[f32; LANES]; KEY_BLOCK / LANES], n: usize) -> (f32, f32) {
     (max, tree_sum(lanes))
 }
 
-/// `sum_j p[j] * values[j]` for `R` times 16 dimensions from register `c` on.
+/// `sum_j p[j] * values[j]` for `S` groups of 32 dimensions.
 #[inline(always)]
-fn weighted_values<const H: usize, const R: usize, E: KvElement, L: Lanes>(
+fn weighted_values<const H: usize, const S: usize, E: KvElement, L: Lanes>(
     l: L,
     p: [&[f32]; H],
-    values: &[[E; LANES]],
-    width: usize,
-    c: usize,
-) -> [[[f32; LANES]; H]; R] {
-    let mut acc = [[l.splat(0.0); H]; R];
-    for (j, row) in values.chunks_exact(width).take(p[0].len()).enumerate() {
-        let row = &row[c..c + R];
-        let v: [L::V; R] = std::array::from_fn(|r| E::load(l, &row[r]));
-        for h in 0..H {
-            let p = l.splat(p[h][j]);
-            for r in 0..R {
-                acc[r][h] = l.fma(v[r], p, acc[r][h]);
+    values: &[Strip<E>],
+) -> [[[[f32; LANES]; 2]; H]; S] {
+    let n = p[0].len();
+    let values: [&[Strip<E>]; S] = std::array::from_fn(|s| &values[s * PAGE..][..n]);
+    let mut acc = [[[l.splat(0.0); 2]; H]; S];
+    for j in 0..n {
+        let p: [L::V; H] = std::array::from_fn(|h| l.splat(p[h][j]));
+        for s in 0..S {
+            let [low, high] = &values[s][j].0;
+            let (low, high) = (E::load(l, low), E::load(l, high));
+            for h in 0..H {
+                acc[s][h][0] = l.fma(low, p[h], acc[s][h][0]);
+                acc[s][h][1] = l.fma(high, p[h], acc[s][h][1]);
             }
         }
     }
-    acc.map(|heads| heads.map(|v| l.to_array(v)))
+    acc.map(|heads| heads.map(|pair| pair.map(|v| l.to_array(v))))
 }
