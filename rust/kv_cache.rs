@@ -8,7 +8,7 @@
 //! - values in groups of 32 dimensions: `[group][position][32]`, so that the
 //!   lanes are dimensions; `head_dim` is rounded up with zeros.
 //!
-//! A [`Strip`] of 32 is two registers, which attention takes side by side, and
+//! A strip of 32 is two registers, which attention takes side by side, and
 //! it walks each group from beginning to end: one stream. Values by position,
 //! `[position][head_dim]`, were read in strides, at a third of the speed.
 //!
