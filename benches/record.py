@@ -66,17 +66,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1)  # each is a median of three itself
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--chart", type=Path, default=HERE.parent / "docs" / "performance.svg")
     options = parser.parse_args()
     runs = [
         measure(shape, threads)
         for _ in range(options.rounds)
-        for shape in SHAPES
+        for shape in options.shapes
         for threads in options.threads
     ]
     keys = ("prefill_tokens_per_s", "decode_tokens_per_s", "read_gb_per_s", "memory_read_gb_per_s")
     medians = {}
-    for shape in SHAPES:
+    for shape in options.shapes:
         for threads in options.threads:
             same = [r for r in runs if r["model"].endswith(shape) and r["threads"] == threads]
             medians[shape, threads] = {k: statistics.median(r[k] for r in same) for k in keys}
