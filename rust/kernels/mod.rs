@@ -270,23 +270,13 @@ pub fn multiply<const N: usize>(
     xs: &[Prepared],
     products: [(&PackedMatrix, &mut [f32]); N],
 ) {
-    // Each task owns the same rows of every token's output: a matrix split by
-    // columns, without unsafe.
-    type Task<'w, 'y> = (&'w PackedMatrix, Range<usize>, Vec<&'y mut [f32]>);
-    let mut tasks: Vec<Task<'_, '_>> = Vec::new();
+    // Each task owns the same rows of every token's output.
+    let mut tasks = Vec::new();
     for (w, y) in products {
         assert_eq!(y.len(), xs.len() * w.rows, "output length");
         assert!(xs.iter().all(|x| x.cols == w.cols), "input length");
-        let first = tasks.len();
-        let ranges = team.ranges(w.rows, w.row_group, CHUNKS_PER_THREAD);
-        tasks.extend(ranges.map(|range| (w, range, Vec::with_capacity(xs.len()))));
-        for mut row in y.chunks_exact_mut(w.rows) {
-            for (_, range, parts) in &mut tasks[first..] {
-                let (part, rest) = row.split_at_mut(range.len());
-                parts.push(part);
-                row = rest;
-            }
-        }
+        let parts = team.columns(y, w.rows, w.row_group, CHUNKS_PER_THREAD);
+        tasks.extend(parts.into_iter().map(|(range, ys)| (w, range, ys)));
     }
     team.for_each(&mut tasks, |(w, range, parts)| match (xs, &mut parts[..]) {
         ([x], [y]) => w.kernel.gemv(w, range.clone(), x, y),

@@ -127,27 +127,8 @@ pub(super) fn logits(
     }
     let xs: Vec<&[f32]> = normed.chunks_exact(width).collect();
     let mut y = buffer(wanted.len(), head.rows())?;
-    if let [x] = xs[..] {
-        m.team.split(&mut y, ROW_GROUP, CHUNKS, |start, y| {
-            head.multiply(m.isa, start..start + y.len(), &[x], &mut [y]);
-        });
-    } else {
-        let mut tasks: Vec<_> = m
-            .team
-            .ranges(head.rows(), ROW_GROUP, CHUNKS)
-            .map(|range| (range, Vec::new()))
-            .collect();
-        for mut row in y.chunks_exact_mut(head.rows()) {
-            for (range, parts) in &mut tasks {
-                let (part, rest) = row.split_at_mut(range.len());
-                parts.push(part);
-                row = rest;
-            }
-        }
-        m.team.for_each(&mut tasks, |(range, parts)| {
-            head.multiply(m.isa, range.clone(), &xs, parts);
-        });
-    }
+    let mut tasks = m.team.columns(&mut y, head.rows(), ROW_GROUP, CHUNKS);
+    m.team.for_each(&mut tasks, |(range, ys)| head.multiply(m.isa, range.clone(), &xs, ys));
     Ok(y)
 }
 
