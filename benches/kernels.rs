@@ -5,7 +5,7 @@
 use std::hint::black_box;
 
 use bitnet_rs::cpu::Isa;
-use bitnet_rs::kernels::{PackedMatrix, Prepared, available, multiply};
+use bitnet_rs::kernels::{Kernels, PackedMatrix, Prepared, available, multiply};
 use bitnet_rs::ops::dense::{DenseMatrix, StoredFloats};
 use bitnet_rs::ternary::TernaryMatrix;
 use bitnet_rs::threads::Team;
@@ -26,7 +26,7 @@ fn products(c: &mut Criterion) {
                 if n > 16 && kernel.name().starts_with("generic") {
                     continue; // seconds a pass, and no news
                 }
-                let packed = PackedMatrix::pack(kernel, &w, &team);
+                let packed = PackedMatrix::pack(Kernels::of(kernel), &w, &team).expect("ternary");
                 let mut xs = vec![Prepared::default(); n];
                 for (t, x) in xs.iter_mut().enumerate() {
                     let input: Vec<f32> = (0..cols).map(|i| ((i + t) % 255) as f32).collect();

@@ -3,8 +3,9 @@
 //! every kernel, instruction set, thread count and batch.
 //!
 //! The crate reads from the bottom up: [`error`], [`cpu`] (what this CPU can
-//! do, as types), [`ternary`] (the canonical weight matrix), [`kernels`] (the
-//! only arithmetic on packed weights), [`ops`] (the float half),
+//! do, as types), [`ternary`] (the canonical weight matrix), [`levels`] (its
+//! generalization to a few integer values), [`kernels`] (the only arithmetic on
+//! packed weights), [`ops`] (the float half),
 //! [`kv_cache`], [`threads`], and [`models`] (the forward passes). The Python
 //! binding is a private module behind the feature `python`.
 
@@ -13,6 +14,7 @@ pub mod error;
 pub mod floats;
 pub mod kernels;
 pub mod kv_cache;
+pub mod levels;
 pub mod models;
 pub mod ops;
 pub mod ternary;

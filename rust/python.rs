@@ -149,14 +149,15 @@ struct PyModel(Box<dyn Model>);
 #[pymethods]
 impl PyModel {
     #[new]
-    #[pyo3(signature = (config, weights, *, kernel=None, threads=None))]
+    #[pyo3(signature = (config, weights, *, kernel=None, prefill_kernel=None, threads=None))]
     fn new(
         config: &Bound<'_, PyMapping>,
         weights: &Bound<'_, PyMapping>,
         kernel: Option<&str>,
+        prefill_kernel: Option<&str>,
         threads: Option<usize>,
     ) -> PyResult<Self> {
-        let machine = Machine::new(kernel, threads)?;
+        let machine = Machine::new(kernel, prefill_kernel, threads)?;
         let config = config_map(config, 0)?;
         let weights = PyWeights { mapping: weights, failure: RefCell::new(None) };
         match models::load(&config, &weights, machine) {
@@ -167,7 +168,12 @@ impl PyModel {
 
     #[getter]
     fn kernel(&self) -> &'static str {
-        self.0.machine().kernel.name()
+        self.0.machine().kernels.decode().name()
+    }
+
+    #[getter]
+    fn prefill_kernel(&self) -> &'static str {
+        self.0.machine().kernels.prefill().name()
     }
 
     #[getter]
@@ -339,12 +345,12 @@ fn _gemm<'py>(
         return Err(invalid!("x has {width} columns; wanted {cols}").into());
     }
     let y = py.detach(|| {
-        let m = Machine::new(Some(kernel), Some(1))?;
+        let m = Machine::new(Some(kernel), None, Some(1))?;
         let matrix = TernaryMatrix::new(trits, rows, cols, scale)?;
-        let packed = PackedMatrix::pack(m.kernel, &matrix, &m.team);
+        let packed = PackedMatrix::pack(m.kernels, &matrix, &m.team)?;
         let mut xs = vec![Prepared::default(); n];
         for (x, out) in x.chunks_exact(cols).zip(&mut xs) {
-            m.kernel.prepare(m.isa, x, out);
+            m.kernels.for_inputs(n).prepare(m.isa, x, out);
         }
         let mut y = vec![0f32; n * rows];
         kernels::multiply(&m.team, &xs, [(&packed, &mut y)]);

@@ -65,6 +65,12 @@ impl<'a> TernaryMatrix<'a> {
         self.scale
     }
 
+    /// All trits, row-major.
+    #[must_use]
+    pub fn trits(&self) -> &'a [i8] {
+        self.trits
+    }
+
     /// One row of trits.
     #[must_use]
     pub fn row(&self, r: usize) -> &'a [i8] {

@@ -2,7 +2,7 @@
 //! a naive product, for every shape, number of inputs and number of threads.
 
 use bitnet_rs::cpu::Isa;
-use bitnet_rs::kernels::{Kernel, PackedMatrix, Prepared, available, by_name, multiply};
+use bitnet_rs::kernels::{Kernel, Kernels, PackedMatrix, Prepared, available, by_name, multiply};
 use bitnet_rs::ternary::TernaryMatrix;
 use bitnet_rs::threads::Team;
 use proptest::prelude::*;
@@ -52,7 +52,7 @@ fn product(
 ) -> Vec<f32> {
     let isa = Isa::best().unwrap();
     team.run(|| {
-        let packed = PackedMatrix::pack(kernel, w, team);
+        let packed = PackedMatrix::pack(Kernels::of(kernel), w, team).unwrap();
         let mut prepared = vec![Prepared::default(); xs.len() / w.cols()];
         for (x, out) in xs.chunks_exact(w.cols()).zip(&mut prepared) {
             kernel.prepare(isa, x, out);
@@ -132,6 +132,24 @@ fn sums_at_the_bounds() {
     }
 }
 
+/// Packing and unpacking is the identity for every layout and shape.
+#[test]
+fn unpack_gives_the_weights_again() {
+    let mut rng = Rng(5);
+    let team = Team::new(Some(1)).unwrap();
+    let known = [2560, 6912, 3200, 8640, 5460, 4096, 14336];
+    for cols in (1..=70).chain([100, 255, 256, 257, 319, 320, 321, 500, 771]).chain(known) {
+        for rows in [1, 2, 3, 4, 5, 8, 31, 33, 65] {
+            let trits = rng.trits(rows * cols);
+            let w = TernaryMatrix::new(&trits, rows, cols, 1.0).unwrap();
+            for kernel in available(Isa::best().unwrap()) {
+                let packed = PackedMatrix::pack(Kernels::of(kernel), &w, &team).unwrap();
+                assert!(packed.unpack() == trits, "{}: {rows} x {cols}", kernel.layout().name());
+            }
+        }
+    }
+}
+
 /// Packing loses nothing: a one-hot input reads a column back.
 #[test]
 fn pack_keeps_every_weight() {
@@ -196,5 +214,5 @@ fn kernels_are_found_by_name() {
     let error = by_name(isa, Some("nope")).err().unwrap().to_string();
     assert!(error.contains("nope") && error.contains("generic-i2"), "{error}");
     let lowest: Vec<_> = available(Isa::GENERIC).iter().map(|k| k.name()).collect();
-    assert_eq!(lowest, ["generic-i2"]);
+    assert!(lowest.iter().all(|name| name.starts_with("generic-")), "{lowest:?}");
 }

@@ -52,7 +52,9 @@ class Model:
             multiplies; or masters (float32, float16, or bfloat16 as uint16) without a scale,
             quantized here by their absolute mean. Norms: float32, 1-D. Embeddings and head:
             float32, float16 or bfloat16 as uint16, shape (vocab_size, hidden_size).
-        kernel: A name from `kernels()`; the fastest when None.
+        kernel: A name from `kernels()`; the first of them when None.
+        prefill_kernel: The kernel for steps of two tokens and more; `kernel` when None. Both
+            must read the same layout (the part of the name after the dash).
         threads: Threads that compute; all CPUs this process may use when None.
 
     Raises:
@@ -66,10 +68,13 @@ class Model:
         weights: Mapping[str, NDArray[Any]],
         *,
         kernel: str | None = None,
+        prefill_kernel: str | None = None,
         threads: int | None = None,
     ) -> Self: ...
     @property
     def kernel(self) -> str: ...
+    @property
+    def prefill_kernel(self) -> str: ...
     @property
     def threads(self) -> int: ...
     @property

@@ -1,10 +1,11 @@
 //! The only arithmetic on packed ternary weights.
 //!
-//! A [`Kernel`] is a way to lay out a ternary matrix and to multiply it by
-//! int8 activations. All kernels give the same bits: sums are exact integers,
-//! and one expression, `Prepared::rescale`, turns them into floats. The
-//! scalar kernels in `generic/` are the definitions; each instruction set has
-//! a folder named after the `cfg` that selects it.
+//! A [`Layout`] is a way to store a matrix; a [`Kernel`] multiplies matrices of
+//! one layout with the instructions of one ISA. All kernels give the same bits:
+//! sums are exact integers, and one expression, `Prepared::rescale`, turns them
+//! into floats. Layouts and the scalar kernels that define them are in
+//! `generic/`; each instruction set has a folder named after the `cfg` that
+//! selects it.
 //!
 //! Kernels are single-threaded. Packing and [`multiply`] split rows over a
 //! [`Team`], and nothing else here knows of threads.
@@ -18,37 +19,62 @@ use std::sync::OnceLock;
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
-use crate::ternary::TernaryMatrix;
+use crate::levels::{LevelMatrix, Levels};
 use crate::threads::Team;
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod generic;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-/// A way to store a ternary matrix and to multiply it by activations.
-///
-/// A kernel can only be constructed on a CPU that has the instructions it
-/// uses, so its methods are safe to call.
+/// A way to store a matrix.
 ///
 /// The packed form is a sequence of *row groups* of equal size, so that rows
 /// can be packed and multiplied in parallel, split at multiples of
-/// [`row_group`](Kernel::row_group).
-pub trait Kernel: Send + Sync {
-    /// `{isa}-{format}`, such as `avx2-i2`.
+/// [`row_group`](Layout::row_group).
+pub trait Layout: Send + Sync {
+    /// The format, such as `i2`; with the levels where they are not ternary.
+    /// Layouts of equal names are the same.
     fn name(&self) -> &'static str;
 
-    /// How many rows the layout interleaves.
-    fn row_group(&self) -> usize {
-        1
-    }
+    /// How many rows are interleaved.
+    fn row_group(&self) -> usize;
 
     /// Bytes of one packed row group of a matrix with `cols` columns.
     fn group_bytes(&self, cols: usize) -> usize;
 
+    /// The values that weights may have.
+    fn levels(&self) -> Levels {
+        Levels::TERNARY
+    }
+
     /// Lays out the row group that begins at row `first`, into
-    /// [`group_bytes`](Kernel::group_bytes) bytes. Rows past the end of the
-    /// matrix are zeros.
-    fn pack(&self, w: &TernaryMatrix<'_>, first: usize, out: &mut [u8]);
+    /// [`group_bytes`](Layout::group_bytes) zeroed bytes. Rows past the end of
+    /// the matrix may be anything that [`unpack`](Layout::unpack) can read.
+    fn pack(&self, w: &LevelMatrix<'_>, first: usize, out: &mut [u8]);
+
+    /// The opposite of [`pack`](Layout::pack): the `row_group` rows of `cols`
+    /// columns that `group` holds, row-major.
+    fn unpack(&self, group: &[u8], cols: usize, out: &mut [i8]);
+}
+
+/// Multiplies packed matrices of one [`Layout`] by activations.
+///
+/// A kernel can only be constructed on a CPU that has the instructions it
+/// uses, so its methods are safe to call.
+pub trait Kernel: Send + Sync {
+    /// `{isa}-{format}`, such as `avx2-i2`.
+    fn name(&self) -> &'static str;
+
+    /// The layout of the matrices that it multiplies.
+    fn layout(&self) -> &'static dyn Layout;
+
+    /// Names the form of [`Prepared::table`] that [`prepare`](Kernel::prepare)
+    /// builds and [`gemv`](Kernel::gemv) reads; empty where there is none.
+    fn table(&self) -> &'static str {
+        ""
+    }
 
     /// Quantizes the activations and builds what the rows share, such as a
     /// lookup table. Done once for each input.
@@ -56,7 +82,8 @@ pub trait Kernel: Send + Sync {
         out.quantize(isa, x);
     }
 
-    /// Computes one output for each of `rows`.
+    /// Computes one output for each of `rows`, which start at a multiple of the
+    /// layout's `row_group`.
     fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]);
 
     /// Computes `rows` for several inputs: `ys[t][r - rows.start]` is row `r`
@@ -65,6 +92,63 @@ pub trait Kernel: Send + Sync {
         for (x, y) in xs.iter().zip(ys) {
             self.gemv(w, rows.clone(), x, y);
         }
+    }
+}
+
+/// The kernels of a matrix: one multiplies single inputs (decode), one several
+/// (prefill). They read the same bytes.
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    decode: &'static dyn Kernel,
+    prefill: &'static dyn Kernel,
+}
+
+impl Kernels {
+    /// One kernel for both.
+    #[must_use]
+    pub fn of(kernel: &'static dyn Kernel) -> Self {
+        Self { decode: kernel, prefill: kernel }
+    }
+
+    /// Two kernels.
+    ///
+    /// # Errors
+    /// They have different layouts: a model would need two copies of its weights.
+    pub fn pair(decode: &'static dyn Kernel, prefill: &'static dyn Kernel) -> Result<Self, Error> {
+        let (a, b) = (decode.layout().name(), prefill.layout().name());
+        if a != b {
+            return Err(invalid!(
+                "kernel {:?} reads the layout {a}, prefill kernel {:?} the layout {b}; wanted two \
+                 kernels of one layout",
+                decode.name(),
+                prefill.name()
+            ));
+        }
+        Ok(Self { decode, prefill })
+    }
+
+    /// The kernel for single inputs.
+    #[must_use]
+    pub fn decode(&self) -> &'static dyn Kernel {
+        self.decode
+    }
+
+    /// The kernel for two inputs and more.
+    #[must_use]
+    pub fn prefill(&self) -> &'static dyn Kernel {
+        self.prefill
+    }
+
+    /// The layout of both.
+    #[must_use]
+    pub fn layout(&self) -> &'static dyn Layout {
+        self.decode.layout()
+    }
+
+    /// The kernel for a step of `inputs` inputs.
+    #[must_use]
+    pub fn for_inputs(&self, inputs: usize) -> &'static dyn Kernel {
+        if inputs == 1 { self.decode } else { self.prefill }
     }
 }
 
@@ -80,6 +164,9 @@ pub struct Prepared {
     sum: i32,
     /// `s`: divide by it to get the activation back.
     divisor: f32,
+    /// A lookup table of one kernel, and the name of its form.
+    table: AlignedBytes,
+    table_form: &'static str,
 }
 
 impl Prepared {
@@ -94,6 +181,7 @@ impl Prepared {
     /// with one rounding some of them fall to the other side.
     pub fn quantize(&mut self, isa: Isa, x: &[f32]) {
         self.cols = x.len();
+        self.table_form = "";
         self.values.resize(x.len().next_multiple_of(256) + 64);
         let (values, padding) = self.values.as_mut_i8().split_at_mut(x.len());
         padding.fill(0);
@@ -131,6 +219,19 @@ impl Prepared {
     #[must_use]
     fn padded(&self) -> &[i8] {
         self.values.as_i8()
+    }
+
+    /// Room for a lookup table of `len` bytes, to be filled by `prepare`, whose
+    /// kernel's [`Kernel::table`] is `form`. The old content is kept.
+    fn table_mut(&mut self, form: &'static str, len: usize) -> &mut [u8] {
+        self.table_form = form;
+        self.table.resize(len);
+        self.table.as_mut_slice()
+    }
+
+    /// The lookup table that `prepare` built.
+    fn table(&self) -> &[u8] {
+        self.table.as_slice()
     }
 
     /// Turns the exact integer sum `acc = sum(q * t)` of a row into its
@@ -187,10 +288,10 @@ impl AlignedBytes {
     }
 }
 
-/// A matrix in the layout of one kernel, and that kernel: the two cannot be
+/// A matrix in one layout, and the kernels that read it: the two cannot be
 /// mixed up.
 pub struct PackedMatrix {
-    kernel: &'static dyn Kernel,
+    kernels: Kernels,
     rows: usize,
     cols: usize,
     scale: f32,
@@ -204,26 +305,55 @@ pub struct PackedMatrix {
 const CHUNKS_PER_THREAD: usize = 4;
 
 impl PackedMatrix {
-    /// Packs `w` for `kernel`, in parallel over rows. Call it inside
+    /// Packs `w` for `kernels`, in parallel over rows. Call it inside
     /// [`Team::run`].
-    #[must_use]
-    pub fn pack(kernel: &'static dyn Kernel, w: &TernaryMatrix<'_>, team: &Team) -> Self {
-        let (group, group_bytes) = (kernel.row_group(), kernel.group_bytes(w.cols()));
-        let mut bytes = AlignedBytes::zeroed(w.rows().div_ceil(group) * group_bytes);
-        team.split(bytes.as_mut_slice(), group_bytes, CHUNKS_PER_THREAD, |start, chunk| {
+    ///
+    /// # Errors
+    /// The layout holds other levels than the matrix.
+    pub fn pack<'a>(
+        kernels: Kernels,
+        w: impl Into<LevelMatrix<'a>>,
+        team: &Team,
+    ) -> Result<Self, Error> {
+        let (layout, w) = (kernels.layout(), w.into());
+        if layout.levels() != w.levels() {
+            return Err(invalid!(
+                "the layout {} holds the levels {:?}, the matrix has {:?}; take a kernel of \
+                 `available_for` these levels",
+                layout.name(),
+                layout.levels().values(),
+                w.levels().values()
+            ));
+        }
+        let mut packed = Self::zeroed(kernels, w.rows(), w.cols(), w.scale());
+        let (group, group_bytes) = (packed.row_group, packed.group_bytes);
+        team.split(packed.bytes.as_mut_slice(), group_bytes, CHUNKS_PER_THREAD, |start, chunk| {
             for (i, out) in chunk.chunks_exact_mut(group_bytes).enumerate() {
-                kernel.pack(w, (start / group_bytes + i) * group, out);
+                layout.pack(&w, (start / group_bytes + i) * group, out);
             }
         });
-        Self {
-            kernel,
-            rows: w.rows(),
-            cols: w.cols(),
-            scale: w.scale(),
-            row_group: group,
-            group_bytes,
-            bytes,
+        Ok(packed)
+    }
+
+    /// A matrix of zero bytes, which stand for weights of some kind.
+    fn zeroed(kernels: Kernels, rows: usize, cols: usize, scale: f32) -> Self {
+        let layout = kernels.layout();
+        let (row_group, group_bytes) = (layout.row_group(), layout.group_bytes(cols));
+        let bytes = AlignedBytes::zeroed(rows.div_ceil(row_group) * group_bytes);
+        Self { kernels, rows, cols, scale, row_group, group_bytes, bytes }
+    }
+
+    /// The weights again, row-major.
+    #[must_use]
+    pub fn unpack(&self) -> Vec<i8> {
+        let mut values = Vec::with_capacity(self.rows * self.cols);
+        let mut group = vec![0; self.row_group * self.cols];
+        for first in (0..self.rows).step_by(self.row_group) {
+            self.kernels.layout().unpack(self.group(first), self.cols, &mut group);
+            let rows = self.row_group.min(self.rows - first);
+            values.extend_from_slice(&group[..rows * self.cols]);
         }
+        values
     }
 
     /// Out-features.
@@ -244,10 +374,10 @@ impl PackedMatrix {
         self.bytes.len
     }
 
-    /// The kernel whose layout this is.
+    /// The kernels that read it.
     #[must_use]
-    pub fn kernel(&self) -> &'static dyn Kernel {
-        self.kernel
+    pub fn kernels(&self) -> Kernels {
+        self.kernels
     }
 
     /// The packed bytes of the row group that begins at row `first`.
@@ -264,7 +394,8 @@ impl PackedMatrix {
 /// inputs.
 ///
 /// # Panics
-/// If the lengths do not fit: callers are this crate's models.
+/// If the lengths do not fit, or the inputs were prepared for another kernel
+/// than [`Kernels::for_inputs`] of their number: callers are this crate's models.
 pub fn multiply<const N: usize>(
     team: &Team,
     xs: &[Prepared],
@@ -273,18 +404,20 @@ pub fn multiply<const N: usize>(
     // Each task owns the same rows of every token's output.
     let mut tasks = Vec::new();
     for (w, y) in products {
+        let table = w.kernels.for_inputs(xs.len()).table();
         assert_eq!(y.len(), xs.len() * w.rows, "output length");
         assert!(xs.iter().all(|x| x.cols == w.cols), "input length");
+        assert!(table.is_empty() || xs.iter().all(|x| x.table_form == table), "lookup table");
         let parts = team.columns(y, w.rows, w.row_group, CHUNKS_PER_THREAD);
         tasks.extend(parts.into_iter().map(|(range, ys)| (w, range, ys)));
     }
     team.for_each(&mut tasks, |(w, range, parts)| match (xs, &mut parts[..]) {
-        ([x], [y]) => w.kernel.gemv(w, range.clone(), x, y),
-        (xs, ys) => w.kernel.gemm(w, range.clone(), xs, ys),
+        ([x], [y]) => w.kernels.decode.gemv(w, range.clone(), x, y),
+        (xs, ys) => w.kernels.prefill.gemm(w, range.clone(), xs, ys),
     });
 }
 
-/// Kernels that `isa` can run, fastest first; the last is scalar.
+/// Ternary kernels that `isa` can run, fastest first; the last is scalar.
 #[must_use]
 pub fn available(isa: Isa) -> Vec<&'static dyn Kernel> {
     static ALL: OnceLock<Vec<(Isa, Box<dyn Kernel>)>> = OnceLock::new();
@@ -293,6 +426,8 @@ pub fn available(isa: Isa) -> Vec<&'static dyn Kernel> {
         for isa in Isa::available().into_iter().rev() {
             #[cfg(target_arch = "x86_64")]
             x86_64::register(isa, &mut kernels);
+            #[cfg(target_arch = "aarch64")]
+            aarch64::register(isa, &mut kernels);
             if isa == Isa::GENERIC {
                 generic::register(&mut kernels);
             }

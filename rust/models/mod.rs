@@ -10,7 +10,7 @@ mod weights;
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
-use crate::kernels::{self, Kernel, PackedMatrix};
+use crate::kernels::{self, Kernels, PackedMatrix};
 use crate::kv_cache::{KvShape, ModelId};
 use crate::threads::Team;
 
@@ -74,23 +74,34 @@ pub struct Machine {
     id: ModelId,
     /// Instruction set of the float half.
     pub isa: Isa,
-    /// Kernel of the ternary projections.
-    pub kernel: &'static dyn Kernel,
+    /// Kernels of the ternary projections.
+    pub kernels: Kernels,
     /// Threads.
     pub team: Team,
 }
 
 impl Machine {
-    /// Chooses a kernel by name (the fastest if `None`) and a number of
-    /// threads (one for each CPU if `None`). A kernel of a lower instruction
-    /// set does not lower that of the float half: the bits are the same.
+    /// Takes kernels by name and a number of threads (one for each CPU if
+    /// `None`). Without a name it is the first of [`kernels::available`];
+    /// without a `prefill` kernel, `kernel` does both. A kernel of a lower
+    /// instruction set does not lower that of the float half: the bits are the
+    /// same.
     ///
     /// # Errors
-    /// An unknown kernel, a wrong `BITNET_RS_ISA`, no threads.
-    pub fn new(kernel: Option<&str>, threads: Option<usize>) -> Result<Self, Error> {
+    /// An unknown kernel, two that read different layouts, a wrong
+    /// `BITNET_RS_ISA`, no threads.
+    pub fn new(
+        kernel: Option<&str>,
+        prefill: Option<&str>,
+        threads: Option<usize>,
+    ) -> Result<Self, Error> {
         let isa = Isa::best()?;
-        let kernel = kernels::by_name(isa, kernel)?;
-        Ok(Self { id: ModelId::next(), isa, kernel, team: Team::new(threads)? })
+        let decode = kernels::by_name(isa, kernel)?;
+        let kernels = match prefill {
+            None => Kernels::of(decode),
+            Some(name) => Kernels::pair(decode, kernels::by_name(isa, Some(name))?)?,
+        };
+        Ok(Self { id: ModelId::next(), isa, kernels, team: Team::new(threads)? })
     }
 
     /// The same machine with no thread started: packing used some, and a

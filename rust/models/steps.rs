@@ -43,20 +43,22 @@ pub(super) fn embed(table: &DenseMatrix, batch: &[Segment<'_>], out: &mut [f32])
 /// `xs[row] = prepare(rms_norm(x[row]))`: what the next projections take.
 pub(super) fn norm_prepare(m: &Machine, x: &[f32], weight: &[f32], eps: f32, xs: &mut [Prepared]) {
     let width = weight.len();
+    let kernel = m.kernels.for_inputs(xs.len());
     m.team.split(xs, 1, CHUNKS, |first, xs| {
         let mut normed = vec![0f32; width];
         for (i, out) in xs.iter_mut().enumerate() {
             rms_norm(m.isa, &x[(first + i) * width..][..width], weight, eps, &mut normed);
-            m.kernel.prepare(m.isa, &normed, out);
+            kernel.prepare(m.isa, &normed, out);
         }
     });
 }
 
 /// `xs[row] = prepare(x[row])`, where there is no norm before a projection.
 pub(super) fn prepare(m: &Machine, x: &[f32], width: usize, xs: &mut [Prepared]) {
+    let kernel = m.kernels.for_inputs(xs.len());
     m.team.split(xs, 1, CHUNKS, |first, xs| {
         for (i, out) in xs.iter_mut().enumerate() {
-            m.kernel.prepare(m.isa, &x[(first + i) * width..][..width], out);
+            kernel.prepare(m.isa, &x[(first + i) * width..][..width], out);
         }
     });
 }

@@ -172,7 +172,7 @@ fn pack(
     scale: f32,
 ) -> Result<PackedMatrix, Error> {
     let matrix = TernaryMatrix::new(trits, rows, cols, scale)?;
-    machine.team.run(|| PackedMatrix::pack(machine.kernel, &matrix, &machine.team))
+    machine.team.run(|| PackedMatrix::pack(machine.kernels, &matrix, &machine.team))?
 }
 
 /// Quantizes masters by their absolute mean, rows in parallel, and packs them.

@@ -105,17 +105,26 @@ pub(crate) trait LaneOp {
 
 /// Runs `op` with the lanes of `isa`, compiled for it.
 pub(crate) fn dispatch(isa: Isa, op: impl LaneOp) {
+    // Resolved here and not per level: the float half has three forms on
+    // x86-64 and one, compiled for the target's baseline, elsewhere.
     match isa.proof() {
-        Proof::Generic => op.run(Portable),
         #[cfg(target_arch = "x86_64")]
-        Proof::Avx2(avx2) => isa.vectorize(
-            #[inline(always)]
-            || op.run(avx2),
-        ),
+        Proof::Avx2(avx2) => run(isa, avx2, op),
         #[cfg(target_arch = "x86_64")]
-        Proof::Avx512(avx512) => isa.vectorize(
-            #[inline(always)]
-            || op.run(avx512),
-        ),
+        Proof::AvxVnni(vnni) => run(isa, vnni.avx2(), op),
+        #[cfg(target_arch = "x86_64")]
+        Proof::Avx512(avx512) => run(isa, avx512, op),
+        #[cfg(target_arch = "x86_64")]
+        Proof::Avx512Vbmi(vbmi) => run(isa, vbmi.avx512(), op),
+        _ => op.run(Portable),
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn run<L: Lanes>(isa: Isa, lanes: L, op: impl LaneOp) {
+    isa.vectorize(
+        #[inline(always)]
+        || op.run(lanes),
+    );
 }

@@ -20,8 +20,8 @@
 
 use std::ops::Range;
 
-use super::super::{Kernel, PackedMatrix, Prepared};
-use crate::ternary::TernaryMatrix;
+use super::super::{Kernel, Layout, PackedMatrix, Prepared};
+use crate::levels::LevelMatrix;
 
 /// Columns and bytes of a full block of one row.
 pub(in super::super) const BLOCK_COLS: usize = 256;
@@ -32,14 +32,14 @@ pub(in super::super) const ROWS: usize = 4;
 
 /// How a row of a given width is cut up.
 #[derive(Clone, Copy)]
-pub(in super::super) struct Layout {
+pub(in super::super) struct Cut {
     /// Full blocks.
     pub(in super::super) blocks: usize,
     /// Bytes of the last, shorter block; 0 if there is none.
     pub(in super::super) tail: usize,
 }
 
-impl Layout {
+impl Cut {
     pub(in super::super) fn new(cols: usize) -> Self {
         let tail = (cols % BLOCK_COLS).div_ceil(4).next_multiple_of(16);
         Self { blocks: cols / BLOCK_COLS, tail }
@@ -58,19 +58,49 @@ impl Layout {
     }
 }
 
-/// Packs four rows: `Kernel::pack` of every i2 kernel.
-pub(in super::super) fn pack_group(w: &TernaryMatrix<'_>, first: usize, out: &mut [u8]) {
-    let layout = Layout::new(w.cols());
-    for i in 0..ROWS.min(w.rows() - first) {
-        let (full, tail) = w.row(first + i).as_chunks::<BLOCK_COLS>();
-        for (b, cols) in full.iter().enumerate() {
-            pack_block(cols, &mut out[layout.block(b, i)]);
+/// The layout of every i2 kernel.
+pub(in super::super) struct I2;
+
+impl Layout for I2 {
+    fn name(&self) -> &'static str {
+        "i2"
+    }
+
+    fn row_group(&self) -> usize {
+        ROWS
+    }
+
+    fn group_bytes(&self, cols: usize) -> usize {
+        Cut::new(cols).group_bytes()
+    }
+
+    fn pack(&self, w: &LevelMatrix<'_>, first: usize, out: &mut [u8]) {
+        let cut = Cut::new(w.cols());
+        for i in 0..ROWS.min(w.rows() - first) {
+            let (full, tail) = w.row(first + i).as_chunks::<BLOCK_COLS>();
+            for (b, cols) in full.iter().enumerate() {
+                pack_block(cols, &mut out[cut.block(b, i)]);
+            }
+            if !tail.is_empty() {
+                let mut padded = [0i8; BLOCK_COLS];
+                padded[..tail.len()].copy_from_slice(tail);
+                let out = &mut out[cut.block(cut.blocks, i)];
+                pack_block(&padded[..4 * out.len()], out);
+            }
         }
-        if !tail.is_empty() {
-            let mut padded = [0i8; BLOCK_COLS];
-            padded[..tail.len()].copy_from_slice(tail);
-            let out = &mut out[layout.block(layout.blocks, i)];
-            pack_block(&padded[..4 * out.len()], out);
+    }
+
+    fn unpack(&self, group: &[u8], cols: usize, out: &mut [i8]) {
+        let cut = Cut::new(cols);
+        for (i, row) in out.chunks_exact_mut(cols).enumerate() {
+            for (b, row) in row.chunks_mut(BLOCK_COLS).enumerate() {
+                let block = &group[cut.block(b, i)];
+                for (field, row) in row.chunks_mut(block.len()).enumerate() {
+                    for (t, byte) in row.iter_mut().zip(block) {
+                        *t = (byte >> (2 * field) & 3) as i8 - 1;
+                    }
+                }
+            }
         }
     }
 }
@@ -93,25 +123,17 @@ impl Kernel for GenericI2 {
         "generic-i2"
     }
 
-    fn row_group(&self) -> usize {
-        ROWS
-    }
-
-    fn group_bytes(&self, cols: usize) -> usize {
-        Layout::new(cols).group_bytes()
-    }
-
-    fn pack(&self, w: &TernaryMatrix<'_>, first: usize, out: &mut [u8]) {
-        pack_group(w, first, out);
+    fn layout(&self) -> &'static dyn Layout {
+        &I2
     }
 
     fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
-        let layout = Layout::new(w.cols);
+        let cut = Cut::new(w.cols);
         for (y, r) in y.iter_mut().zip(rows) {
             let group = w.group(r - r % ROWS);
             let mut acc = -x.sum;
-            for b in 0..layout.blocks + usize::from(layout.tail > 0) {
-                let block = &group[layout.block(b, r % ROWS)];
+            for b in 0..cut.blocks + usize::from(cut.tail > 0) {
+                let block = &group[cut.block(b, r % ROWS)];
                 let q = &x.padded()[b * BLOCK_COLS..];
                 for field in 0..4 {
                     for (byte, &q) in block.iter().zip(&q[field * block.len()..]) {
@@ -127,13 +149,14 @@ impl Kernel for GenericI2 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::levels::Levels;
 
     #[test]
     fn wastes_little_on_the_widths_of_known_models() {
         for (cols, bytes) in
             [(2560, 640), (6912, 1728), (3200, 800), (8640, 2160), (5460, 1376), (4096, 1024)]
         {
-            assert_eq!(Layout::new(cols).group_bytes(), ROWS * bytes, "{cols} columns");
+            assert_eq!(Cut::new(cols).group_bytes(), ROWS * bytes, "{cols} columns");
         }
     }
 
@@ -141,9 +164,9 @@ mod tests {
     fn codes_stand_where_the_layout_says() {
         let (rows, cols) = (3, 256 + 100); // tail: 100 columns in 32 bytes, fields 32 apart
         let trits: Vec<i8> = (0..rows * cols).map(|c| (c * 7 % 3) as i8 - 1).collect();
-        let w = TernaryMatrix::new(&trits, rows, cols, 1.0).unwrap();
-        let mut bytes = vec![0; Layout::new(cols).group_bytes()];
-        pack_group(&w, 0, &mut bytes);
+        let w = LevelMatrix::new(&trits, rows, cols, 1.0, Levels::TERNARY).unwrap();
+        let mut bytes = vec![0; I2.group_bytes(cols)];
+        I2.pack(&w, 0, &mut bytes);
         for r in 0..rows {
             for (c, &t) in w.row(r).iter().enumerate() {
                 let (byte, field) = match c {

@@ -10,10 +10,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Layout, ROWS, pack_group};
-use super::super::{Kernel, PackedMatrix, Prepared};
+use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Cut, I2, ROWS};
+use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use crate::cpu::Avx2;
-use crate::ternary::TernaryMatrix;
 
 /// Registers of 32 packed bytes between two widenings.
 const STEPS: usize = 8;
@@ -35,16 +34,8 @@ impl Kernel for Avx2I2 {
         "avx2-i2"
     }
 
-    fn row_group(&self) -> usize {
-        ROWS
-    }
-
-    fn group_bytes(&self, cols: usize) -> usize {
-        Layout::new(cols).group_bytes()
-    }
-
-    fn pack(&self, w: &TernaryMatrix<'_>, first: usize, out: &mut [u8]) {
-        pack_group(w, first, out);
+    fn layout(&self) -> &'static dyn Layout {
+        &I2
     }
 
     fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
@@ -102,11 +93,11 @@ fn multiply<const T: usize>(
 #[target_feature(enable = "avx2")]
 #[inline]
 fn dot_tile<const T: usize>(group: &[u8], xs: [&Prepared; T]) -> [[i32; T]; ROWS] {
-    let layout = Layout::new(xs[0].cols);
+    let cut = Cut::new(xs[0].cols);
     let qs: [&[i8]; T] = xs.map(Prepared::padded);
     let mut acc = [[_mm256_setzero_si256(); T]; ROWS];
     // Half blocks: 32 bytes, fields 64 columns apart.
-    let halves = 2 * layout.blocks;
+    let halves = 2 * cut.blocks;
     let mut first = 0;
     while first < halves {
         let mut acc16 = [[_mm256_setzero_si256(); T]; ROWS];
@@ -114,23 +105,23 @@ fn dot_tile<const T: usize>(group: &[u8], xs: [&Prepared; T]) -> [[i32; T]; ROWS
         for h in first..end {
             let (b, half) = (h / 2, h % 2 * 32);
             let codes: [__m256i; ROWS] =
-                std::array::from_fn(|i| load(group, layout.block(b, i).start + half));
+                std::array::from_fn(|i| load(group, cut.block(b, i).start + half));
             tile_block(&mut acc16, codes, qs, b * BLOCK_COLS + half, BLOCK_BYTES);
         }
         widen(&mut acc, acc16);
         first = end;
     }
-    if layout.tail != 0 {
+    if cut.tail != 0 {
         // Zero bytes after the tail: their products are zero whatever they meet.
         let mut padded = [[0u8; BLOCK_BYTES]; ROWS];
         for i in 0..ROWS {
-            padded[i][..layout.tail].copy_from_slice(&group[layout.block(layout.blocks, i)]);
+            padded[i][..cut.tail].copy_from_slice(&group[cut.block(cut.blocks, i)]);
         }
         let mut acc16 = [[_mm256_setzero_si256(); T]; ROWS];
-        for half in 0..layout.tail.div_ceil(32) {
+        for half in 0..cut.tail.div_ceil(32) {
             let codes: [__m256i; ROWS] = std::array::from_fn(|i| load(&padded[i], half * 32));
-            let at = layout.blocks * BLOCK_COLS + half * 32;
-            tile_block(&mut acc16, codes, qs, at, layout.tail);
+            let at = cut.blocks * BLOCK_COLS + half * 32;
+            tile_block(&mut acc16, codes, qs, at, cut.tail);
         }
         widen(&mut acc, acc16);
     }

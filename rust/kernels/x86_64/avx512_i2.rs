@@ -15,10 +15,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Layout, ROWS, pack_group};
-use super::super::{Kernel, PackedMatrix, Prepared};
+use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Cut, I2, ROWS};
+use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use crate::cpu::Avx512;
-use crate::ternary::TernaryMatrix;
 
 /// Tokens of a GEMM tile: with four rows, 16 accumulators, 4 packed and 4
 /// unpacked registers of the 32.
@@ -41,16 +40,8 @@ impl Kernel for Avx512I2 {
         "avx512-i2"
     }
 
-    fn row_group(&self) -> usize {
-        ROWS
-    }
-
-    fn group_bytes(&self, cols: usize) -> usize {
-        Layout::new(cols).group_bytes()
-    }
-
-    fn pack(&self, w: &TernaryMatrix<'_>, first: usize, out: &mut [u8]) {
-        pack_group(w, first, out);
+    fn layout(&self) -> &'static dyn Layout {
+        &I2
     }
 
     fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
@@ -108,9 +99,9 @@ fn gemv(w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
 fn dot_masked(group: &[u8], x: &Prepared) -> [i32; ROWS] {
     let masks: [__m512i; 4] = std::array::from_fn(|f| _mm512_set1_epi8((3u8 << (2 * f)) as i8));
     let mut acc = [[_mm512_setzero_si512(); 4]; ROWS];
-    let layout = Layout::new(x.cols);
+    let cut = Cut::new(x.cols);
     let q = x.padded();
-    let (full, _) = group[..layout.blocks * ROWS * BLOCK_BYTES].as_chunks::<BLOCK_BYTES>();
+    let (full, _) = group[..cut.blocks * ROWS * BLOCK_BYTES].as_chunks::<BLOCK_BYTES>();
     let (full, _) = full.as_chunks::<ROWS>();
     for (codes, q) in full.iter().zip(q.as_chunks::<BLOCK_COLS>().0) {
         let qs: [__m512i; 4] = std::array::from_fn(|f| load_q(q, f * BLOCK_BYTES));
@@ -122,11 +113,11 @@ fn dot_masked(group: &[u8], x: &Prepared) -> [i32; ROWS] {
             }
         }
     }
-    if layout.tail != 0 {
+    if cut.tail != 0 {
         for i in 0..ROWS {
-            let codes = load_tail(&group[layout.block(layout.blocks, i)]);
+            let codes = load_tail(&group[cut.block(cut.blocks, i)]);
             for f in 0..4 {
-                let q = load_q(q, layout.blocks * BLOCK_COLS + f * layout.tail);
+                let q = load_q(q, cut.blocks * BLOCK_COLS + f * cut.tail);
                 acc[i][f] = _mm512_dpbusd_epi32(acc[i][f], _mm512_and_si512(codes, masks[f]), q);
             }
         }
@@ -167,8 +158,8 @@ fn gemm(w: &PackedMatrix, rows: Range<usize>, xs: &[Prepared], ys: &mut [&mut [f
 #[inline]
 fn dot_tile(group: &[u8], xs: [&Prepared; TOKENS]) -> [[i32; TOKENS]; ROWS] {
     let mut acc = [[_mm512_setzero_si512(); TOKENS]; ROWS];
-    let layout = Layout::new(xs[0].cols);
-    let blocks = layout.blocks;
+    let cut = Cut::new(xs[0].cols);
+    let blocks = cut.blocks;
     let qs: [&[i8]; TOKENS] = xs.map(Prepared::padded);
     let full_q: [&[[i8; BLOCK_COLS]]; TOKENS] =
         qs.map(|q| &q.as_chunks::<BLOCK_COLS>().0[..blocks]);
@@ -178,11 +169,11 @@ fn dot_tile(group: &[u8], xs: [&Prepared; TOKENS]) -> [[i32; TOKENS]; ROWS] {
         let q: [&[i8]; TOKENS] = std::array::from_fn(|t| &full_q[t][b][..]);
         tile_block(&mut acc, codes, q, BLOCK_BYTES);
     }
-    if layout.tail != 0 {
+    if cut.tail != 0 {
         let codes: [__m512i; ROWS] =
-            std::array::from_fn(|i| load_tail(&group[layout.block(blocks, i)]));
+            std::array::from_fn(|i| load_tail(&group[cut.block(blocks, i)]));
         let q: [&[i8]; TOKENS] = std::array::from_fn(|t| &qs[t][blocks * BLOCK_COLS..]);
-        tile_block(&mut acc, codes, q, layout.tail);
+        tile_block(&mut acc, codes, q, cut.tail);
     }
     // Loops, not `map`: a closure that is not inlined loses the instruction set.
     let mut sums = [[0; TOKENS]; ROWS];
