@@ -12,6 +12,7 @@
 
 use std::cell::RefCell;
 use std::sync::{Mutex, TryLockError};
+use std::time::Duration;
 
 use half::slice::HalfFloatSliceExt;
 use numpy::{
@@ -24,10 +25,11 @@ use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyMapping, PyString};
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
-use crate::kernels::{self, PackedMatrix, Prepared};
+use crate::kernels::{self, PackedMatrix, Prepared, Projection};
 use crate::kv_cache::{KvCache, KvDtype};
 use crate::models::{
-    self, ConfigMap, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit, Weights,
+    self, ConfigMap, Dims, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit,
+    Weights,
 };
 use crate::ternary::TernaryMatrix;
 use crate::threads::{Team, read_bandwidth};
@@ -317,6 +319,31 @@ fn py_read_bandwidth(py: Python<'_>, threads: usize, n_bytes: usize) -> PyResult
     Ok(py.detach(|| read_bandwidth(&Team::new(Some(threads))?, Isa::best()?, n_bytes))?)
 }
 
+#[pyfunction]
+fn projections(config: &Bound<'_, PyMapping>) -> PyResult<Vec<(usize, usize, usize)>> {
+    let dims = Dims::read(&config_map(config, 0)?)?;
+    Ok(dims.projections().iter().map(|p| (p.rows, p.cols, p.count)).collect())
+}
+
+#[pyfunction]
+fn measure_kernels(
+    py: Python<'_>,
+    projections: Vec<(usize, usize, usize)>,
+    threads: usize,
+    budget_s: f64,
+) -> PyResult<Vec<(&'static str, f64, f64)>> {
+    let budget = Duration::try_from_secs_f64(budget_s)
+        .map_err(|_| invalid!("budget_s is {budget_s}; wanted a number of seconds from 0 on"))?;
+    let projections: Vec<_> = projections
+        .into_iter()
+        .map(|(rows, cols, count)| Projection { rows, cols, count })
+        .collect();
+    let speeds = py.detach(|| {
+        kernels::measure(&Team::new(Some(threads))?, Isa::best()?, &projections, budget)
+    })?;
+    Ok(speeds.into_iter().map(|s| (s.kernel, s.decode_s, s.prefill_s)).collect())
+}
+
 /// Rows, columns and elements of a contiguous matrix.
 fn matrix<'a, T: numpy::Element>(
     name: &str,
@@ -424,6 +451,6 @@ mod _core {
     #[pymodule_export]
     use super::{
         _absmean, _exp, _gemm, _gemv, _rms_norm, PyKvCache, PyModel, cpu_features, kernel_names,
-        py_read_bandwidth,
+        measure_kernels, projections, py_read_bandwidth,
     };
 }

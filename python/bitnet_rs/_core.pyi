@@ -22,6 +22,8 @@ __all__ = [
     "build_profile",
     "cpu_features",
     "kernels",
+    "measure_kernels",
+    "projections",
     "read_bandwidth",
 ]
 
@@ -36,6 +38,27 @@ def kernels() -> list[str]:
 
 def cpu_features() -> list[str]:
     """Instruction sets in use by this process, such as `avx2` or `avx512vnni`."""
+
+def projections(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Shapes of the ternary matrices that a token is multiplied by: (rows, columns, how many).
+
+    Raises:
+        ValueError: A field of the config is missing or out of range; the message names it.
+    """
+
+def measure_kernels(
+    projections: Sequence[tuple[int, int, int]], threads: int, budget_s: float
+) -> list[tuple[str, float, float]]:
+    """Runs the kernels on matrices of these shapes, for about `budget_s` seconds.
+
+    Returns:
+        (kernel, seconds for a single token, seconds for one token of a batch), in the order of
+        `kernels()`. Kernels that turn out several times slower than the best are left out.
+
+    Raises:
+        ValueError: A shape or another argument out of range.
+        RuntimeError: The threads cannot be started.
+    """
 
 def read_bandwidth(threads: int, n_bytes: int = ...) -> float:
     """Measured speed of reading memory with `threads` threads, in GB/s (1e9 bytes)."""

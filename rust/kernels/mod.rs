@@ -25,8 +25,11 @@ use crate::threads::Team;
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 mod generic;
+mod measure;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
+
+pub use measure::{BATCH, Projection, Speed, measure};
 
 /// A way to store a matrix.
 ///
@@ -256,8 +259,27 @@ struct AlignedBytes {
 struct Line([u8; 64]);
 
 impl AlignedBytes {
+    /// Zeros that the operating system has not yet provided: the threads that
+    /// write them first do, side by side.
     fn zeroed(len: usize) -> Self {
-        Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+        let n = len.div_ceil(64);
+        if n == 0 {
+            return Self::default();
+        }
+        let Ok(layout) = std::alloc::Layout::array::<Line>(n) else {
+            panic!("{len} bytes are more than an address space");
+        };
+        // SAFETY: the layout has a size, `n` lines of 64. Zeroed bytes are
+        // initialized lines, and the memory comes from the allocator of `Vec`,
+        // with the layout that it will be freed with.
+        let lines = unsafe {
+            let lines = std::alloc::alloc_zeroed(layout);
+            if lines.is_null() {
+                std::alloc::handle_alloc_error(layout);
+            }
+            Vec::from_raw_parts(lines.cast::<Line>(), n, n)
+        };
+        Self { lines, len }
     }
 
     /// Keeps what fits of the old content; the rest is zero or old.
