@@ -9,6 +9,7 @@ not equal to them.
 from __future__ import annotations
 
 import ctypes
+import importlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,9 +31,8 @@ class _InitParams(ctypes.Structure):
 
 def library() -> Any:
     """The functions of ggml-base and ggml-cpu; ImportError where they are not installed."""
-    import llama_cpp
-
-    folder = Path(llama_cpp.__file__).parent / "lib"
+    package = importlib.import_module("llama_cpp")
+    folder = Path(str(package.__file__)).parent / "lib"
     libraries = []
     for name in ("ggml-base", "ggml-cpu"):
         found = sorted(folder.glob(f"*{name}*"))

@@ -7,7 +7,7 @@ assertion is about time; the results are compared, so that like is timed with li
 numpy is as fast as its BLAS: on machines where OPENBLAS_CORETYPE is set, unset it for this.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -84,7 +84,7 @@ CANDIDATES = {
 
 
 @pytest.fixture(params=[(s, n) for s in SHAPES for n in TOKENS], ids=lambda p: f"{p[0]}-{p[1]}")
-def shape(request: pytest.FixtureRequest) -> Iterator[tuple[str, int, NDArray[np.int8]]]:
+def shape(request: pytest.FixtureRequest) -> tuple[str, int, NDArray[np.int8]]:
     name, n = request.param
     rows, cols = SHAPES[name]
     return name, n, trits(rows if n == 1 else min(rows, MOST_ROWS), cols)
