@@ -68,6 +68,12 @@ debs_depends() {
   _debs_apt cache depends --important "$package" | sed -n 's/^ *Depends: //p' | grep -x -- "$pattern"
 }
 
+# What apt would install with the packages on an empty system.
+debs_closure() {
+  _debs_lists
+  _debs_apt get install -s --no-install-recommends "$@" | sed -n 's/^Inst \([^ ]*\) .*/\1/p'
+}
+
 _debs_download() {
   local dir=$1 conf=$PWD/$DEBS_APT/apt.conf
   shift
