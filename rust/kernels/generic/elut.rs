@@ -156,10 +156,7 @@ impl Digits {
             Self { base: base as i16, inverse: inverse as i16, run, reach }
         });
         // One level of magnitude 127: base 128, digits up to 64 and 127.
-        candidates
-            .rev()
-            .max_by_key(|digits| digits.run)
-            .expect("candidates were listed")
+        candidates.rev().max_by_key(|digits| digits.run).expect("candidates were listed")
     }
 
     /// Look-ups whose entries add up to at most 32767 in magnitude: 85 of three

@@ -26,9 +26,7 @@ pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
 /// The kernel of any levels that `isa` brings.
 pub(super) fn elut(isa: Isa, layout: &'static Elut) -> Option<Box<dyn Kernel>> {
     match isa.proof() {
-        Proof::Avx2(proof) => {
-            Some(Box::new(avx2_elut::Avx2Elut::new(proof, "avx2-elut", layout)))
-        }
+        Proof::Avx2(proof) => Some(Box::new(avx2_elut::Avx2Elut::new(proof, "avx2-elut", layout))),
         _ => None,
     }
 }
