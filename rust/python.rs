@@ -25,7 +25,7 @@ use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyMapping, PyString};
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
-use crate::kernels::{self, PackedMatrix, Prepared, Projection};
+use crate::kernels::{self, Kernels, PackedMatrix, Prepared, Projection};
 use crate::kv_cache::{KvCache, KvDtype};
 use crate::models::{
     self, ConfigMap, Dims, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit,
@@ -358,6 +358,71 @@ fn matrix<'a, T: numpy::Element>(
     Ok((array.shape()[0], array.shape()[1], array.as_slice()?))
 }
 
+/// A packed matrix on a team of its own: for tests and benchmarks.
+#[pyclass(frozen, name = "_PackedMatrix", module = "bitnet_rs._core")]
+struct PyPackedMatrix {
+    isa: Isa,
+    team: Team,
+    packed: PackedMatrix,
+}
+
+#[pymethods]
+impl PyPackedMatrix {
+    #[new]
+    #[pyo3(signature = (values, scale, kernel, *, threads=1))]
+    fn new(
+        py: Python<'_>,
+        values: PyReadonlyArray2<'_, i8>,
+        scale: f32,
+        kernel: &str,
+        threads: usize,
+    ) -> PyResult<Self> {
+        let (rows, cols, values) = matrix("values", &values)?;
+        let (isa, team) = (Isa::best()?, Team::new(Some(threads))?);
+        let packed = py.detach(|| {
+            let kernels = Kernels::of(kernels::by_name(isa, Some(kernel))?);
+            let w = TernaryMatrix::new(values, rows, cols, scale)?;
+            team.run(|| PackedMatrix::pack(kernels, &w, &team))?
+        })?;
+        Ok(Self { isa, team, packed })
+    }
+
+    #[getter]
+    fn n_bytes(&self) -> usize {
+        self.packed.n_bytes()
+    }
+
+    fn unpack<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<i8>>> {
+        let values = py.detach(|| self.packed.unpack());
+        values.into_pyarray(py).reshape([self.packed.rows(), self.packed.cols()])
+    }
+
+    fn multiply<'py>(
+        &self,
+        py: Python<'py>,
+        x: PyReadonlyArray2<'py, f32>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let (n, width, x) = matrix("x", &x)?;
+        let (rows, cols) = (self.packed.rows(), self.packed.cols());
+        if n == 0 || width != cols {
+            return Err(invalid!("x is {n} x {width}; wanted at least one row of {cols}").into());
+        }
+        let y = py.detach(|| {
+            self.team.run(|| {
+                let kernel = self.packed.kernels().for_inputs(n);
+                let mut xs = vec![Prepared::default(); n];
+                for (x, out) in x.chunks_exact(cols).zip(&mut xs) {
+                    kernel.prepare(self.isa, x, out);
+                }
+                let mut y = vec![0f32; n * rows];
+                kernels::multiply(&self.team, &xs, [(&self.packed, &mut y)]);
+                y
+            })
+        })?;
+        y.into_pyarray(py).reshape([n, rows])
+    }
+}
+
 #[pyfunction]
 fn _gemm<'py>(
     py: Python<'py>,
@@ -450,7 +515,7 @@ mod _core {
 
     #[pymodule_export]
     use super::{
-        _absmean, _exp, _gemm, _gemv, _rms_norm, PyKvCache, PyModel, cpu_features, kernel_names,
-        measure_kernels, projections, py_read_bandwidth,
+        _absmean, _exp, _gemm, _gemv, _rms_norm, PyKvCache, PyModel, PyPackedMatrix, cpu_features,
+        kernel_names, measure_kernels, projections, py_read_bandwidth,
     };
 }

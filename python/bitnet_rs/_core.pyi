@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 __all__ = [
     "KvCache",
     "Model",
+    "_PackedMatrix",
     "__version__",
     "_absmean",
     "_exp",
@@ -149,6 +150,33 @@ class KvCache:
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on. Longer than the cache: ValueError."""
+
+@final
+class _PackedMatrix:
+    """A ternary matrix in the layout of a kernel: for tests and benchmarks. Underscored: not API.
+
+    Args:
+        values: Trits, shape (rows, cols).
+        scale: Multiplies them.
+        kernel: A name from `kernels()`.
+        threads: Threads that multiply.
+
+    Raises:
+        ValueError: Values that are no trits, an unknown kernel, a scale that is not finite.
+    """
+
+    def __new__(
+        cls, values: NDArray[np.int8], scale: float, kernel: str, *, threads: int = 1
+    ) -> Self: ...
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the packed matrix."""
+
+    def unpack(self) -> NDArray[np.int8]:
+        """The values again."""
+
+    def multiply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Quantizes the rows of `x`, shape (n, cols), and multiplies: shape (n, rows)."""
 
 # One function per op, for tests against _reference.py. Underscored: not API.
 def _gemv(

@@ -158,11 +158,7 @@ impl<'a> Bench<'a> {
         // very narrow matrices.
         let n_bytes = (weights / 4).min(BUFFER_BYTES).max(PROBE_ROWS * (widest + 1024));
         let mut buffer = AlignedBytes::zeroed(n_bytes);
-        // Pages that were never written to are all the same page of zeros, in a cache.
-        const PAGE: usize = 4096;
-        team.split(buffer.as_mut_slice(), PAGE, 4, |_, part| {
-            part.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
-        });
+        super::touch(&mut buffer, team);
         let x = (0..widest).map(|i| (i * 37 % 255) as f32 - 127.0).collect();
         Self { team, isa, projections, buffer, cursor: 0, x }
     }

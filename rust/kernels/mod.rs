@@ -329,6 +329,15 @@ impl AlignedBytes {
     }
 }
 
+/// Writes to every page: one that never was is the same page of zeros as all
+/// others, and reading it is reading a cache.
+fn touch(bytes: &mut AlignedBytes, team: &Team) {
+    const PAGE: usize = 4096;
+    team.split(bytes.as_mut_slice(), PAGE, CHUNKS_PER_THREAD, |_, part| {
+        part.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
+    });
+}
+
 /// A matrix in one layout, and the kernels that read it: the two cannot be
 /// mixed up.
 pub struct PackedMatrix {
@@ -382,6 +391,16 @@ impl PackedMatrix {
         let (row_group, group_bytes) = (layout.row_group(), layout.group_bytes(cols));
         let bytes = AlignedBytes::zeroed(rows.div_ceil(row_group) * group_bytes);
         Self { kernels, rows, cols, scale, row_group, group_bytes, bytes }
+    }
+
+    /// A matrix of no particular weights, to measure with: every byte can be
+    /// read by every layout, and no kernel's speed depends on them. Call it
+    /// inside [`Team::run`].
+    #[must_use]
+    pub fn arbitrary(kernels: Kernels, rows: usize, cols: usize, team: &Team) -> Self {
+        let mut w = Self::zeroed(kernels, rows, cols, 1.0);
+        touch(&mut w.bytes, team);
+        w
     }
 
     /// The weights again, row-major.
