@@ -1,12 +1,28 @@
 //! aarch64 kernels: one file per instruction set and format. The proofs that
 //! the instructions exist are in `cpu.rs`.
 
+mod neon_elut;
+
 use super::Kernel;
+use super::generic::{elut::Elut, tl1, tl2};
 use crate::cpu::{Isa, Proof};
 
 /// Adds the kernels that `isa` brings over the level below it, fastest first.
-pub(super) fn register(isa: Isa, _kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
+pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
     match isa.proof() {
-        Proof::Generic | Proof::Neon(_) | Proof::Dotprod(_) | Proof::I8mm(_) => {}
+        Proof::Neon(proof) => {
+            for (name, layout) in [("neon-tl2", tl2::layout()), ("neon-tl1", tl1::layout())] {
+                kernels.push((isa, Box::new(neon_elut::NeonElut::new(proof, name, layout))));
+            }
+        }
+        Proof::Generic | Proof::Dotprod(_) | Proof::I8mm(_) => {}
+    }
+}
+
+/// The kernel of any levels that `isa` brings.
+pub(super) fn elut(isa: Isa, layout: &'static Elut) -> Option<Box<dyn Kernel>> {
+    match isa.proof() {
+        Proof::Neon(proof) => Some(Box::new(neon_elut::NeonElut::new(proof, "neon-elut", layout))),
+        _ => None,
     }
 }
