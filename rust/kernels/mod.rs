@@ -73,8 +73,9 @@ pub trait Kernel: Send + Sync {
     /// The layout of the matrices that it multiplies.
     fn layout(&self) -> &'static dyn Layout;
 
-    /// Names the form of [`Prepared::table`] that [`prepare`](Kernel::prepare)
-    /// builds and [`gemv`](Kernel::gemv) reads; empty where there is none.
+    /// Names the form of [`Prepared::table`] that
+    /// [`build_table`](Kernel::build_table) makes and [`gemv`](Kernel::gemv)
+    /// reads; empty where there is none.
     fn table(&self) -> &'static str {
         ""
     }
@@ -83,7 +84,11 @@ pub trait Kernel: Send + Sync {
     /// lookup table. Done once for each input.
     fn prepare(&self, isa: Isa, x: &[f32], out: &mut Prepared) {
         out.quantize(isa, x);
+        self.build_table(out);
     }
+
+    /// Builds the lookup table of quantized activations, if there is one.
+    fn build_table(&self, _x: &mut Prepared) {}
 
     /// Computes one output for each of `rows`, which start at a multiple of the
     /// layout's `row_group`.
@@ -212,6 +217,19 @@ impl Prepared {
         self.divisor = divisor;
     }
 
+    /// An input that is quantized already, for tests and tools: any int8
+    /// values, also -128, which [`quantize`](Prepared::quantize) reaches by no
+    /// more than a rounding. `divisor` turns them back into activations. A
+    /// lookup table is still to be built ([`Kernel::build_table`]).
+    #[must_use]
+    pub fn from_values(values: &[i8], divisor: f32) -> Self {
+        let mut out = Self { cols: values.len(), divisor, ..Self::default() };
+        out.values.resize(values.len().next_multiple_of(256) + 64);
+        out.values.as_mut_i8()[..values.len()].copy_from_slice(values);
+        out.sum = values.iter().map(|&q| i32::from(q)).sum();
+        out
+    }
+
     /// The quantized activations, one for each column.
     #[must_use]
     pub fn values(&self) -> &[i8] {
@@ -224,15 +242,15 @@ impl Prepared {
         self.values.as_i8()
     }
 
-    /// Room for a lookup table of `len` bytes, to be filled by `prepare`, whose
-    /// kernel's [`Kernel::table`] is `form`. The old content is kept.
+    /// Room for a lookup table of `len` bytes, to be filled by
+    /// `build_table` of a kernel whose [`Kernel::table`] is `form`. The old content is kept.
     fn table_mut(&mut self, form: &'static str, len: usize) -> &mut [u8] {
         self.table_form = form;
         self.table.resize(len);
         self.table.as_mut_slice()
     }
 
-    /// The lookup table that `prepare` built.
+    /// The lookup table that `build_table` made.
     fn table(&self) -> &[u8] {
         self.table.as_slice()
     }
