@@ -1,7 +1,14 @@
 //! aarch64 kernels: one file per instruction set and format. The proofs that
 //! the instructions exist are in `cpu.rs`.
 
+mod dotprod_i2;
+mod dotprod_tile;
+mod i8mm_i2;
+mod i8mm_tile;
 mod neon_elut;
+mod neon_i2;
+mod neon_tile;
+mod tile;
 
 use super::Kernel;
 use super::generic::{elut::Elut, tl1, tl2};
@@ -10,12 +17,15 @@ use crate::cpu::{Isa, Proof};
 /// Adds the kernels that `isa` brings over the level below it, fastest first.
 pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
     match isa.proof() {
+        Proof::Generic => {}
         Proof::Neon(proof) => {
+            kernels.push((isa, Box::new(neon_i2::NeonI2::new(proof))));
             for (name, layout) in [("neon-tl2", tl2::layout()), ("neon-tl1", tl1::layout())] {
                 kernels.push((isa, Box::new(neon_elut::NeonElut::new(proof, name, layout))));
             }
         }
-        Proof::Generic | Proof::Dotprod(_) | Proof::I8mm(_) => {}
+        Proof::Dotprod(proof) => kernels.push((isa, Box::new(dotprod_i2::DotprodI2::new(proof)))),
+        Proof::I8mm(proof) => kernels.push((isa, Box::new(i8mm_i2::I8mmI2::new(proof)))),
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod avx2_elut;
 mod avx2_i2;
+mod avx2_tile;
 mod avx512_i2;
 
 use super::Kernel;
