@@ -9,7 +9,7 @@ SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
 CORE := python/bitnet_rs/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-python test-slow lint format bench bench-results wheel clean rust
+.PHONY: help demo test test-rust test-python test-slow lint format bench bench-results bench-kernels wheel clean rust
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -55,6 +55,9 @@ bench: $(CORE)  ## Benchmarks: criterion, then pytest-benchmark
 
 bench-results: $(CORE)  ## Measure what docs/performance.md quotes (on a quiet machine)
 	$(BIN)/python benches/record.py
+
+bench-kernels: $(CORE)  ## Measure the tables of docs/kernels.md (10 minutes, on a quiet machine)
+	PYTHONPATH=benches $(BIN)/python benches/record_kernels.py
 
 wheel: rust $(BIN)/maturin  ## Build a wheel into dist/
 	$(BIN)/maturin build --release --locked --out dist

@@ -1,32 +1,48 @@
-//! Speed of the hot loops on the shapes of the 2B model, one thread:
-//! `cargo bench`, or `cargo bench -- gemv`. Throughput is in weights (or keys)
-//! a second. Run once as a test by `make test`.
+//! Speed of the hot loops on the shapes of the 2B, 3B and 8B models, one
+//! thread, weights in the cache where they fit: `cargo bench --bench kernels`,
+//! with a filter such as `-- 'gemv/avx2-t5'`. For working on a kernel; the
+//! comparison of all of them beside the machine's limits is kernel_table.rs.
+//! Throughput is in multiply-adds (or weights of the head) a second. Run once
+//! as a test, on one small shape, by `make test`.
 
 use std::hint::black_box;
 
 use bitnet_rs::cpu::Isa;
 use bitnet_rs::kernels::{Kernels, PackedMatrix, Prepared, available, multiply};
 use bitnet_rs::ops::dense::{DenseMatrix, StoredFloats};
-use bitnet_rs::ternary::TernaryMatrix;
 use bitnet_rs::threads::Team;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
-/// Rows and columns of `down_proj` and `gate_proj`.
-const SHAPES: [(usize, usize); 2] = [(2560, 6912), (6912, 2560)];
+/// Rows and columns of o, gate (and up) and down of the three models.
+const SHAPES: [(usize, usize); 9] = [
+    (2560, 2560),
+    (6912, 2560),
+    (2560, 6912),
+    (3200, 3200),
+    (8640, 3200),
+    (3200, 8640),
+    (4096, 4096),
+    (14336, 4096),
+    (4096, 14336),
+];
+
+/// Rows of a GEMM: what decides there is arithmetic, the same for every row.
+const GEMM_ROWS: usize = 512;
 
 fn products(c: &mut Criterion) {
     let isa = Isa::best().expect("BITNET_RS_ISA is valid");
     let team = Team::new(Some(1)).expect("one thread");
-    for (what, n) in [("gemv", 1), ("gemm-4", 4), ("gemm-16", 16), ("gemm-128", 128)] {
+    let test = std::env::args().any(|a| a == "--test");
+    let shapes = if test { &[(64, 700)][..] } else { &SHAPES };
+    for (what, n) in [("gemv", 1), ("gemm-4", 4), ("gemm-16", 16), ("gemm-512", 512)] {
         let mut group = c.benchmark_group(what);
-        for (rows, cols) in SHAPES {
-            let trits: Vec<i8> = (0..rows * cols).map(|i| (i * i % 7 % 3) as i8 - 1).collect();
-            let w = TernaryMatrix::new(&trits, rows, cols, 1.0).expect("trits");
+        for &(rows, cols) in shapes {
+            let rows = if n == 1 { rows } else { rows.min(GEMM_ROWS) };
             for kernel in available(isa) {
-                if n > 16 && kernel.name().starts_with("generic") {
+                if !test && n > 1 && kernel.name().starts_with("generic") {
                     continue; // seconds a pass, and no news
                 }
-                let packed = PackedMatrix::pack(Kernels::of(kernel), &w, &team).expect("ternary");
+                let packed = PackedMatrix::arbitrary(Kernels::of(kernel), rows, cols, &team);
                 let mut xs = vec![Prepared::default(); n];
                 for (t, x) in xs.iter_mut().enumerate() {
                     let input: Vec<f32> = (0..cols).map(|i| ((i + t) % 255) as f32).collect();

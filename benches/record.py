@@ -33,31 +33,47 @@ def commit() -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def chart(medians: dict[tuple[str, int], dict[str, float]]) -> str:
-    """Bars of prefill and decode speed, as SVG."""
+def svg_bars(groups: list[tuple[str, str, list[tuple[str, float]]]]) -> str:
+    """Groups of horizontal bars, as SVG: (title, colour, [(label, value), ...])."""
     rows = []
     y = 40
-    for title, key, colour in (
-        ("prefill, 512 tokens (tokens/s)", "prefill_tokens_per_s", "#4477aa"),
-        ("decode, after the prompt (tokens/s)", "decode_tokens_per_s", "#cc6677"),
-    ):
-        longest = max(entry[key] for entry in medians.values())
+    for title, colour, bars in groups:
+        longest = max((value for _, value in bars), default=1.0)
         rows.append(f'<text x="10" y="{y}" font-weight="bold">{title}</text>')
-        for (shape, threads), entry in medians.items():
+        for label, value in bars:
             y += 24
-            width = 420 * entry[key] / longest
-            label = f"{shape}, {threads} thread{'s' * (threads > 1)}"
+            width = 420 * value / longest
             rows.append(f'<text x="10" y="{y}">{label}</text>')
             rows.append(
                 f'<rect x="130" y="{y - 13}" width="{width:.0f}" height="17" fill="{colour}"/>'
             )
-            rows.append(f'<text x="{136 + width:.0f}" y="{y}">{entry[key]:.1f}</text>')
+            rows.append(f'<text x="{136 + width:.0f}" y="{y}">{value:.1f}</text>')
         y += 44
     body = "\n".join(rows)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="620" height="{y - 20}" '
         f'font-family="sans-serif" font-size="13">\n'
         f'<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def chart(medians: dict[tuple[str, int], dict[str, float]]) -> str:
+    """Bars of prefill and decode speed, as SVG."""
+    return svg_bars(
+        [
+            (
+                title,
+                colour,
+                [
+                    (f"{shape}, {threads} thread{'s' * (threads > 1)}", entry[key])
+                    for (shape, threads), entry in medians.items()
+                ],
+            )
+            for title, key, colour in (
+                ("prefill, 512 tokens (tokens/s)", "prefill_tokens_per_s", "#4477aa"),
+                ("decode, after the prompt (tokens/s)", "decode_tokens_per_s", "#cc6677"),
+            )
+        ]
     )
 
 

@@ -12,6 +12,7 @@
 
 use std::cell::RefCell;
 use std::sync::{Mutex, TryLockError};
+use std::time::Duration;
 
 use half::slice::HalfFloatSliceExt;
 use numpy::{
@@ -24,10 +25,11 @@ use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyMapping, PyString};
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
-use crate::kernels::{self, PackedMatrix, Prepared};
+use crate::kernels::{self, Kernels, PackedMatrix, Prepared, Projection};
 use crate::kv_cache::{KvCache, KvDtype};
 use crate::models::{
-    self, ConfigMap, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit, Weights,
+    self, ConfigMap, Dims, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit,
+    Weights,
 };
 use crate::ternary::TernaryMatrix;
 use crate::threads::{Team, read_bandwidth};
@@ -317,6 +319,31 @@ fn py_read_bandwidth(py: Python<'_>, threads: usize, n_bytes: usize) -> PyResult
     Ok(py.detach(|| read_bandwidth(&Team::new(Some(threads))?, Isa::best()?, n_bytes))?)
 }
 
+#[pyfunction]
+fn projections(config: &Bound<'_, PyMapping>) -> PyResult<Vec<(usize, usize, usize)>> {
+    let dims = Dims::read(&config_map(config, 0)?)?;
+    Ok(dims.projections().iter().map(|p| (p.rows, p.cols, p.count)).collect())
+}
+
+#[pyfunction]
+fn measure_kernels(
+    py: Python<'_>,
+    projections: Vec<(usize, usize, usize)>,
+    threads: usize,
+    budget_s: f64,
+) -> PyResult<Vec<(&'static str, f64, f64)>> {
+    let budget = Duration::try_from_secs_f64(budget_s)
+        .map_err(|_| invalid!("budget_s is {budget_s}; wanted a number of seconds from 0 on"))?;
+    let projections: Vec<_> = projections
+        .into_iter()
+        .map(|(rows, cols, count)| Projection { rows, cols, count })
+        .collect();
+    let speeds = py.detach(|| {
+        kernels::measure(&Team::new(Some(threads))?, Isa::best()?, &projections, budget)
+    })?;
+    Ok(speeds.into_iter().map(|s| (s.kernel, s.decode_s, s.prefill_s)).collect())
+}
+
 /// Rows, columns and elements of a contiguous matrix.
 fn matrix<'a, T: numpy::Element>(
     name: &str,
@@ -329,6 +356,71 @@ fn matrix<'a, T: numpy::Element>(
         );
     }
     Ok((array.shape()[0], array.shape()[1], array.as_slice()?))
+}
+
+/// A packed matrix on a team of its own: for tests and benchmarks.
+#[pyclass(frozen, name = "_PackedMatrix", module = "bitnet_rs._core")]
+struct PyPackedMatrix {
+    isa: Isa,
+    team: Team,
+    packed: PackedMatrix,
+}
+
+#[pymethods]
+impl PyPackedMatrix {
+    #[new]
+    #[pyo3(signature = (values, scale, kernel, *, threads=1))]
+    fn new(
+        py: Python<'_>,
+        values: PyReadonlyArray2<'_, i8>,
+        scale: f32,
+        kernel: &str,
+        threads: usize,
+    ) -> PyResult<Self> {
+        let (rows, cols, values) = matrix("values", &values)?;
+        let (isa, team) = (Isa::best()?, Team::new(Some(threads))?);
+        let packed = py.detach(|| {
+            let kernels = Kernels::of(kernels::by_name(isa, Some(kernel))?);
+            let w = TernaryMatrix::new(values, rows, cols, scale)?;
+            team.run(|| PackedMatrix::pack(kernels, &w, &team))?
+        })?;
+        Ok(Self { isa, team, packed })
+    }
+
+    #[getter]
+    fn n_bytes(&self) -> usize {
+        self.packed.n_bytes()
+    }
+
+    fn unpack<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<i8>>> {
+        let values = py.detach(|| self.packed.unpack());
+        values.into_pyarray(py).reshape([self.packed.rows(), self.packed.cols()])
+    }
+
+    fn multiply<'py>(
+        &self,
+        py: Python<'py>,
+        x: PyReadonlyArray2<'py, f32>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let (n, width, x) = matrix("x", &x)?;
+        let (rows, cols) = (self.packed.rows(), self.packed.cols());
+        if n == 0 || width != cols {
+            return Err(invalid!("x is {n} x {width}; wanted at least one row of {cols}").into());
+        }
+        let y = py.detach(|| {
+            self.team.run(|| {
+                let kernel = self.packed.kernels().for_inputs(n);
+                let mut xs = vec![Prepared::default(); n];
+                for (x, out) in x.chunks_exact(cols).zip(&mut xs) {
+                    kernel.prepare(self.isa, x, out);
+                }
+                let mut y = vec![0f32; n * rows];
+                kernels::multiply(&self.team, &xs, [(&self.packed, &mut y)]);
+                y
+            })
+        })?;
+        y.into_pyarray(py).reshape([n, rows])
+    }
 }
 
 #[pyfunction]
@@ -423,7 +515,7 @@ mod _core {
 
     #[pymodule_export]
     use super::{
-        _absmean, _exp, _gemm, _gemv, _rms_norm, PyKvCache, PyModel, cpu_features, kernel_names,
-        py_read_bandwidth,
+        _absmean, _exp, _gemm, _gemv, _rms_norm, PyKvCache, PyModel, PyPackedMatrix, cpu_features,
+        kernel_names, measure_kernels, projections, py_read_bandwidth,
     };
 }

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 __all__ = [
     "KvCache",
     "Model",
+    "_PackedMatrix",
     "__version__",
     "_absmean",
     "_exp",
@@ -22,6 +23,8 @@ __all__ = [
     "build_profile",
     "cpu_features",
     "kernels",
+    "measure_kernels",
+    "projections",
     "read_bandwidth",
 ]
 
@@ -36,6 +39,27 @@ def kernels() -> list[str]:
 
 def cpu_features() -> list[str]:
     """Instruction sets in use by this process, such as `avx2` or `avx512vnni`."""
+
+def projections(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Shapes of the ternary matrices that a token is multiplied by: (rows, columns, how many).
+
+    Raises:
+        ValueError: A field of the config is missing or out of range; the message names it.
+    """
+
+def measure_kernels(
+    projections: Sequence[tuple[int, int, int]], threads: int, budget_s: float
+) -> list[tuple[str, float, float]]:
+    """Runs the kernels on matrices of these shapes, for about `budget_s` seconds.
+
+    Returns:
+        (kernel, seconds for a single token, seconds for one token of a batch), in the order of
+        `kernels()`. Kernels that turn out several times slower than the best are left out.
+
+    Raises:
+        ValueError: A shape or another argument out of range.
+        RuntimeError: The threads cannot be started.
+    """
 
 def read_bandwidth(threads: int, n_bytes: int = ...) -> float:
     """Measured speed of reading memory with `threads` threads, in GB/s (1e9 bytes)."""
@@ -126,6 +150,33 @@ class KvCache:
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on. Longer than the cache: ValueError."""
+
+@final
+class _PackedMatrix:
+    """A ternary matrix in the layout of a kernel: for tests and benchmarks. Underscored: not API.
+
+    Args:
+        values: Trits, shape (rows, cols).
+        scale: Multiplies them.
+        kernel: A name from `kernels()`.
+        threads: Threads that multiply.
+
+    Raises:
+        ValueError: Values that are no trits, an unknown kernel, a scale that is not finite.
+    """
+
+    def __new__(
+        cls, values: NDArray[np.int8], scale: float, kernel: str, *, threads: int = 1
+    ) -> Self: ...
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the packed matrix."""
+
+    def unpack(self) -> NDArray[np.int8]:
+        """The values again."""
+
+    def multiply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Quantizes the rows of `x`, shape (n, cols), and multiplies: shape (n, rows)."""
 
 # One function per op, for tests against _reference.py. Underscored: not API.
 def _gemv(

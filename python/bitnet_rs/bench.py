@@ -61,6 +61,7 @@ class BenchReport:
         repetitions: Measured repetitions; one shorter run before them is not counted.
         threads: Threads that computed.
         kernel: Kernel of the ternary matrices.
+        prefill_kernel: The one for several tokens at a time.
         kv_dtype: Type of the cached keys and values.
         bytes_per_token: Weights read to decode one token, in bytes; keys and values not counted.
         read_gb_per_s: `bytes_per_token` times the decode speed, in GB/s (1e9 bytes).
@@ -88,6 +89,7 @@ class BenchReport:
     repetitions: int
     threads: int
     kernel: str
+    prefill_kernel: str
     kv_dtype: str
     bytes_per_token: int
     read_gb_per_s: float
@@ -168,6 +170,7 @@ def run(
         repetitions=repetitions,
         threads=core.threads,
         kernel=core.kernel,
+        prefill_kernel=core.prefill_kernel,
         kv_dtype=kv_dtype,
         bytes_per_token=bytes_per_token,
         read_gb_per_s=read_gb_per_s,

@@ -1,4 +1,4 @@
-"""How this machine is used: threads and kernel, chosen and reported.
+"""How this machine is used: threads and kernels, as asked for, and reported.
 
 For `load`, which asks with its arguments, and for `info`, which shows what `load` would do
 without any. Apart from `system.py`, which only reads what the operating system says: here an
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -38,11 +39,10 @@ def choose_threads(threads: int | None) -> int:
 
 
 def choose_kernel(kernel: str) -> str | None:
-    """Name of the kernel to use, None for the fastest: argument, environment."""
-    source = "kernel"
+    """Name of the kernel asked for, None if it is to be measured: argument, then environment."""
+    source = kernel_source(kernel)
     if kernel == "auto":
         kernel = os.environ.get("BITNET_RS_KERNEL", "").strip() or "auto"
-        source = "the environment variable BITNET_RS_KERNEL"
     if kernel == "auto":
         return None
     available = _core.kernels()
@@ -54,6 +54,25 @@ def choose_kernel(kernel: str) -> str | None:
     return kernel
 
 
+def kernel_source(kernel: str) -> str:
+    """What names the kernel: the argument, or else the environment."""
+    return "the environment variable BITNET_RS_KERNEL" if kernel == "auto" else "kernel"
+
+
+def kernel_cache_file() -> Path:
+    """Where `auto` remembers speeds: `kernels.json` in this package's cache folder.
+
+    The folder is `$XDG_CACHE_HOME/bitnet-rs`, or `~/.cache/bitnet-rs`, on every system, as the
+    hub's downloads are found.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
+    path = Path(base) / "bitnet-rs" / "kernels.json"
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no home: a folder that is not there, which is the same as an empty one
+        return path
+
+
 @dataclass(frozen=True, slots=True)
 class Info:
     """What `info` found. Printed, it is a small table.
@@ -63,8 +82,9 @@ class Info:
         build_profile: `release`, or `debug`, which is many times slower.
         cpu: Name of the processor.
         cpu_features: Instruction sets in use.
-        kernels: Kernels this CPU can run, fastest first.
-        kernel: The one that `load` would use.
+        kernels: Kernels this CPU can run, those of the highest instruction set first.
+        kernel: The one that `load` would use, or `auto`: measured on each model's shapes.
+        kernel_cache: Where `auto` remembers what it measured.
         threads: How many threads `load` would use.
         versions: Of Python and of the packages below, by name.
     """
@@ -75,6 +95,7 @@ class Info:
     cpu_features: tuple[str, ...]
     kernels: tuple[str, ...]
     kernel: str
+    kernel_cache: str
     threads: int
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -88,7 +109,7 @@ class Info:
             "cpu": self.cpu,
             "features": " ".join(self.cpu_features) or "none used",
             "kernels": ", ".join(self.kernels),
-            "kernel": self.kernel,
+            "kernel": self.kernel + (", measured for each model" if self.kernel == "auto" else ""),
             "threads": str(self.threads),
             "versions": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
         }
@@ -110,14 +131,14 @@ def info() -> Info:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    kernels = tuple(_core.kernels())
     return Info(
         version=_core.__version__,
         build_profile=_core.build_profile,
         cpu=system.cpu_name(),
         cpu_features=tuple(_core.cpu_features()),
-        kernels=kernels,
-        kernel=choose_kernel("auto") or kernels[0],
+        kernels=tuple(_core.kernels()),
+        kernel=choose_kernel("auto") or "auto",
+        kernel_cache=str(kernel_cache_file()),
         threads=choose_threads(None),
         versions=versions,
     )

@@ -20,6 +20,7 @@ from bitnet_rs.chat import Chat
 from bitnet_rs.checks import check_integer, check_iterable
 from bitnet_rs.completion import Completion, Reply, Stream, run, texts
 from bitnet_rs.engine import PREFILL_TOKENS, Engine, Request, check_ids
+from bitnet_rs.kernel_choice import KernelChoice, choose_kernels
 from bitnet_rs.loaders import Checkpoint, open_checkpoint
 from bitnet_rs.loaders.progress import show_progress
 from bitnet_rs.machine import choose_kernel, choose_threads
@@ -52,8 +53,9 @@ def load(
             checkpoint's files, or a Hugging Face hub id, which is downloaded once and cached.
         threads: Threads that compute. None: the environment variable BITNET_RS_THREADS, else one
             per physical core.
-        kernel: A name from `info().kernels`. `auto`: BITNET_RS_KERNEL, else the fastest.
-            All kernels compute the same bits.
+        kernel: A name from `info().kernels`. `auto`: BITNET_RS_KERNEL, else the fastest, measured
+            on this model's shapes in a tenth of a second and remembered in the user's cache
+            folder. All kernels compute the same bits.
         kv_dtype: Precision of cached keys and values, `f16` or `f32`.
         context: Most tokens of prompt and answer together. None: what the model was trained for.
         revision: Branch, tag or commit of a hub id.
@@ -65,7 +67,7 @@ def load(
             supported. The message names it, what was found and what was wanted.
     """
     n_threads = choose_threads(threads)
-    kernel_name = choose_kernel(kernel)
+    choose_kernel(kernel)  # refuses an unknown name before anything is downloaded
     if kv_dtype not in ("f16", "f32"):
         raise ValueError(f"kv_dtype is {kv_dtype!r}; wanted 'f16' or 'f32'")
     checkpoint = open_checkpoint(source, revision=revision)
@@ -76,9 +78,18 @@ def load(
     except FileNotFoundError as error:
         tokenizer = error.with_traceback(None)
     defaults = Defaults.of(checkpoint, tokenizer if isinstance(tokenizer, Tokenizer) else None)
+    choice = choose_kernels(kernel, checkpoint.core_config, n_threads)
     with show_progress(checkpoint) as weights:
-        core = _core.Model(checkpoint.core_config, weights, kernel=kernel_name, threads=n_threads)
-    return Model(checkpoint, core, tokenizer, defaults, kv_dtype=kv_dtype, context=context)
+        core = _core.Model(
+            checkpoint.core_config,
+            weights,
+            kernel=choice.kernel,
+            prefill_kernel=choice.prefill_kernel,
+            threads=n_threads,
+        )
+    return Model(
+        checkpoint, core, tokenizer, defaults, choice=choice, kv_dtype=kv_dtype, context=context
+    )
 
 
 class Model:
@@ -90,6 +101,8 @@ class Model:
         name: What was loaded, as it was named.
         config: The checkpoint's config.json.
         kernel: Kernel that multiplies the ternary matrices.
+        prefill_kernel: The one for several tokens at a time; mostly the same.
+        kernel_choice: Why these kernels, and what was measured.
         threads: Threads that compute.
         kv_dtype: Precision of cached keys and values.
         context_length: Most tokens of prompt and answer together.
@@ -109,6 +122,7 @@ class Model:
         tokenizer: Tokenizer | FileNotFoundError,
         defaults: Defaults,
         *,
+        choice: KernelChoice,
         kv_dtype: KvDtype,
         context: int | None,
     ) -> None:
@@ -123,6 +137,8 @@ class Model:
         self.lossless_reason: Final = checkpoint.lossless_reason
         self.facts: Final = core.facts
         self.kernel: Final = core.kernel
+        self.prefill_kernel: Final = core.prefill_kernel
+        self.kernel_choice: Final = choice
         self.threads: Final = core.threads
         self.kv_dtype: Final[KvDtype] = kv_dtype
         self.vocab_size: Final = int(self.facts["vocab_size"])
@@ -175,7 +191,9 @@ class Model:
         rows = (
             f"{self.name}: {facts['architecture']}, {params} parameters, {ternary} of them ternary",
             f"  format    {self.format}",
-            f"  kernel    {self.kernel}, {self.threads} thread{'s' * (self.threads > 1)}",
+            f"  kernel    {self.kernel}"
+            + f" ({self.prefill_kernel} for prefill)" * (self.prefill_kernel != self.kernel)
+            + f", {self.threads} thread{'s' * (self.threads > 1)}",
             f"  memory    {int(facts['packed_bytes']) / 1e6:,.1f} MB of weights",
             f"  context   {self.context_length} tokens, keys and values in {self.kv_dtype}",
             f"  lossless  {lossless}: {self.lossless_reason}",

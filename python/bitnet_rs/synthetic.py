@@ -73,9 +73,21 @@ class SyntheticModel:
     config: dict[str, Any]
     weights: Mapping[str, NDArray[Any]]
 
-    def build(self, *, kernel: str | None = None, threads: int | None = None) -> _core.Model:
-        """Packs the weights for a kernel; as `_core.Model`."""
-        return _core.Model(self.config, self.weights, kernel=kernel, threads=threads)
+    def build(
+        self,
+        *,
+        kernel: str | None = None,
+        prefill_kernel: str | None = None,
+        threads: int | None = None,
+    ) -> _core.Model:
+        """Packs the weights for a kernel or two; as `_core.Model`."""
+        return _core.Model(
+            self.config,
+            self.weights,
+            kernel=kernel,
+            prefill_kernel=prefill_kernel,
+            threads=threads,
+        )
 
 
 def synthetic(name: str, *, seed: int = 0) -> SyntheticModel:

@@ -25,8 +25,11 @@ use crate::threads::Team;
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 mod generic;
+mod measure;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
+
+pub use measure::{BATCH, Projection, Speed, measure};
 
 /// A way to store a matrix.
 ///
@@ -274,8 +277,27 @@ struct AlignedBytes {
 struct Line([u8; 64]);
 
 impl AlignedBytes {
+    /// Zeros that the operating system has not yet provided: the threads that
+    /// write them first do, side by side.
     fn zeroed(len: usize) -> Self {
-        Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+        let n = len.div_ceil(64);
+        if n == 0 {
+            return Self::default();
+        }
+        let Ok(layout) = std::alloc::Layout::array::<Line>(n) else {
+            panic!("{len} bytes are more than an address space");
+        };
+        // SAFETY: the layout has a size, `n` lines of 64. Zeroed bytes are
+        // initialized lines, and the memory comes from the allocator of `Vec`,
+        // with the layout that it will be freed with.
+        let lines = unsafe {
+            let lines = std::alloc::alloc_zeroed(layout);
+            if lines.is_null() {
+                std::alloc::handle_alloc_error(layout);
+            }
+            Vec::from_raw_parts(lines.cast::<Line>(), n, n)
+        };
+        Self { lines, len }
     }
 
     /// Keeps what fits of the old content; the rest is zero or old.
@@ -304,6 +326,15 @@ impl AlignedBytes {
         // SAFETY: as in `as_mut_slice`; every byte is an i8, and every i8 a byte.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
+}
+
+/// Writes to every page: one that never was is the same page of zeros as all
+/// others, and reading it is reading a cache.
+fn touch(bytes: &mut AlignedBytes, team: &Team) {
+    const PAGE: usize = 4096;
+    team.split(bytes.as_mut_slice(), PAGE, CHUNKS_PER_THREAD, |_, part| {
+        part.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
+    });
 }
 
 /// A matrix in one layout, and the kernels that read it: the two cannot be
@@ -359,6 +390,16 @@ impl PackedMatrix {
         let (row_group, group_bytes) = (layout.row_group(), layout.group_bytes(cols));
         let bytes = AlignedBytes::zeroed(rows.div_ceil(row_group) * group_bytes);
         Self { kernels, rows, cols, scale, row_group, group_bytes, bytes }
+    }
+
+    /// A matrix of no particular weights, to measure with: every byte can be
+    /// read by every layout, and no kernel's speed depends on them. Call it
+    /// inside [`Team::run`].
+    #[must_use]
+    pub fn arbitrary(kernels: Kernels, rows: usize, cols: usize, team: &Team) -> Self {
+        let mut w = Self::zeroed(kernels, rows, cols, 1.0);
+        touch(&mut w.bytes, team);
+        w
     }
 
     /// The weights again, row-major.

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use crate::error::{Error, invalid};
+use crate::kernels::Projection;
 use crate::ops::activation::Activation;
 use crate::ternary::MAX_COLS;
 
@@ -249,6 +250,29 @@ impl Dims {
             return Err(invalid!("config field rms_norm_eps is {}; wanted 0 to 1", dims.eps));
         }
         Ok(dims)
+    }
+
+    /// The ternary matrices that a token is multiplied by, equal shapes
+    /// together: q, k, v and o of attention; gate, up and down of the
+    /// feed-forward network.
+    #[must_use]
+    pub fn projections(&self) -> Vec<Projection> {
+        let (q, kv) = (self.q_width(), self.kv_width());
+        let mut shapes: Vec<Projection> = Vec::new();
+        for (rows, cols, n) in [
+            (q, self.hidden, 1),
+            (kv, self.hidden, 2),
+            (self.hidden, q, 1),
+            (self.intermediate, self.hidden, 2),
+            (self.hidden, self.intermediate, 1),
+        ] {
+            let count = n * self.n_layers;
+            match shapes.iter_mut().find(|p| (p.rows, p.cols) == (rows, cols)) {
+                Some(same) => same.count += count,
+                None => shapes.push(Projection { rows, cols, count }),
+            }
+        }
+        shapes
     }
 
     /// Elements of all query heads.

@@ -55,14 +55,17 @@ def bench(
             )
             name, core = loaded.name, loaded.core
         else:
+            from bitnet_rs.kernel_choice import choose_kernels
+            from bitnet_rs.machine import choose_threads
             from bitnet_rs.synthetic import synthetic as make
 
             progress(f"making random weights in the shape of {synthetic}")
-            defaults = bitnet_rs.info()
             name = f"synthetic {synthetic}"
-            core = make(synthetic).build(
-                kernel=defaults.kernel if kernel == "auto" else kernel,
-                threads=threads or defaults.threads,
+            random = make(synthetic)
+            n_threads = choose_threads(threads)
+            choice = choose_kernels(kernel, random.config, n_threads)
+            core = random.build(
+                kernel=choice.kernel, prefill_kernel=choice.prefill_kernel, threads=n_threads
             )
         report = bencher.run(
             core,
@@ -79,6 +82,12 @@ def bench(
         _print(report)
 
 
+def _kernels(report: "BenchReport") -> str:
+    if report.prefill_kernel == report.kernel:
+        return report.kernel
+    return f"{report.kernel} ({report.prefill_kernel} for prefill)"
+
+
 def _print(report: "BenchReport") -> None:
     peak = report.peak_rss_bytes
     memory = ": not compared, as there was no memory left to measure its speed in"
@@ -91,7 +100,7 @@ def _print(report: "BenchReport") -> None:
         {
             "model": f"{report.model}, {report.params / 1e6:,.1f} M parameters, "
             f"{report.packed_bytes / 1e6:,.1f} MB in memory",
-            "machine": f"{report.cpu}; {report.kernel}, {report.threads} threads, "
+            "machine": f"{report.cpu}; {_kernels(report)}, {report.threads} threads, "
             f"bitnet-rs {report.version} ({report.build_profile} build)",
             "prefill": f"{report.prefill_tokens_per_s:,.1f} tokens/s  "
             f"({report.prompt_tokens} tokens)",

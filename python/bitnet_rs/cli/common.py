@@ -62,7 +62,8 @@ Kernel = Annotated[
     typer.Option(
         "--kernel",
         callback=_known_kernel,
-        help="Kernel, one of those that `info` lists. auto: BITNET_RS_KERNEL, else the fastest.",
+        help="Kernel, one of those that `info` lists. auto: BITNET_RS_KERNEL, else the fastest, "
+        "by measurement.",
     ),
 ]
 KvDtype = Annotated[

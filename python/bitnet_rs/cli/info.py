@@ -3,7 +3,7 @@
 For people who choose a model or report a problem; with `--json`, for programs.
 """
 
-import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +12,7 @@ from bitnet_rs.cli import common
 
 if TYPE_CHECKING:
     from bitnet_rs import Info, Model
+    from bitnet_rs.kernel_choice import KernelChoice
 
 
 def info(
@@ -33,11 +34,12 @@ def info(
     loaded = bitnet_rs.load(
         model, threads=threads, kernel=kernel, kv_dtype=kv_dtype, context=context, revision=revision
     )
-    reason = _kernel_reason(kernel)
     if json:
         report = _machine(machine) | {
             "kernel": loaded.kernel,
-            "kernel_reason": reason,
+            "prefill_kernel": loaded.prefill_kernel,
+            "kernel_reason": loaded.kernel_choice.reason,
+            "kernel_speeds": [asdict(speed) for speed in loaded.kernel_choice.speeds],
             "threads": loaded.threads,
             "model": _facts(loaded),
         }
@@ -48,7 +50,8 @@ def info(
             ]
         common.print_json(report)
         return
-    _print_machine(machine, f"{loaded.kernel}: {reason}", loaded.threads)
+    _print_machine(machine, _in_use(loaded), loaded.threads)
+    _print_speeds(loaded.kernel_choice)
     print()
     print(loaded)
     _print_facts(_facts(loaded))
@@ -58,13 +61,21 @@ def info(
             print(f"  {name}  {dtype}  {'x'.join(map(str, shape))}")
 
 
-def _kernel_reason(asked: str) -> str:
-    if asked != "auto":
-        return "asked for with --kernel"
-    if os.environ.get("BITNET_RS_KERNEL", "").strip() not in ("", "auto"):
-        return "asked for with BITNET_RS_KERNEL"
-    cap = os.environ.get("BITNET_RS_ISA", "").strip()
-    return f"the fastest under BITNET_RS_ISA={cap}" if cap else "the fastest that this CPU can run"
+def _in_use(model: "Model") -> str:
+    both = model.kernel
+    if model.prefill_kernel != model.kernel:
+        both += f", and {model.prefill_kernel} for prefill"
+    return f"{both}: {model.kernel_choice.reason}"
+
+
+def _print_speeds(choice: "KernelChoice") -> None:
+    """What was measured: the time that a token's ternary matrices take."""
+    for n, speed in enumerate(choice.speeds):
+        print(
+            f"{'' if n else 'measured':<12}{speed.kernel:<16} "
+            f"decode {1e3 * speed.decode_s:9.3f} ms/token   "
+            f"prefill {1e3 * speed.prefill_s:9.3f} ms/token"
+        )
 
 
 def _machine(machine: "Info") -> dict[str, Any]:
@@ -113,6 +124,7 @@ def _print_machine(machine: "Info", kernel: str, threads: int) -> None:
             "kernels": ", ".join(machine.kernels),
             "in use": kernel,
             "threads": str(threads),
+            "remembered": f"in {machine.kernel_cache}",
             "versions": ", ".join(f"{name} {n}" for name, n in machine.versions.items()),
         }
     )

@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Cut, I2, ROWS};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
+use super::avx2_tile::{CHUNK, Codes, gemm_codes};
 use crate::cpu::Avx2;
 
 /// Registers of 32 packed bytes between two widenings.
@@ -47,7 +48,7 @@ impl Kernel for Avx2I2 {
     fn gemm(&self, w: &PackedMatrix, rows: Range<usize>, xs: &[Prepared], ys: &mut [&mut [f32]]) {
         let _proof = self.0;
         // SAFETY: as in `gemv`.
-        unsafe { multiply::<2>(w, rows, xs, ys) }
+        unsafe { gemm_codes(w, rows, xs, ys, unpack) }
     }
 }
 
@@ -179,4 +180,44 @@ fn reduce(v: __m256i) -> i32 {
     let v = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
     let v = _mm_add_epi32(v, _mm_shuffle_epi32::<0b00_00_11_10>(v));
     _mm_cvtsi128_si32(_mm_add_epi32(v, _mm_shuffle_epi32::<0b00_00_00_01>(v)))
+}
+
+/// Codes in the order of the columns.
+#[target_feature(enable = "avx2")]
+fn unpack(group: &[u8], cols: usize, start: usize, out: &mut Codes) {
+    let cut = Cut::new(cols);
+    let low = _mm256_set1_epi8(3);
+    let first = start / BLOCK_COLS;
+    let full = (cut.blocks - first).min(CHUNK / BLOCK_COLS);
+    for b in 0..full {
+        for i in 0..ROWS {
+            let block = cut.block(first + b, i).start;
+            let out: &mut [[u8; 32]] = out[i][b * BLOCK_COLS..][..BLOCK_COLS].as_chunks_mut().0;
+            for half in 0..2 {
+                let c = load(group, block + 32 * half);
+                store(&mut out[half], _mm256_and_si256(c, low));
+                store(&mut out[half + 2], _mm256_and_si256(_mm256_srli_epi16::<2>(c), low));
+                store(&mut out[half + 4], _mm256_and_si256(_mm256_srli_epi16::<4>(c), low));
+                store(&mut out[half + 6], _mm256_and_si256(_mm256_srli_epi16::<6>(c), low));
+            }
+        }
+    }
+    if full < CHUNK / BLOCK_COLS {
+        for i in 0..ROWS {
+            let block = &group[cut.block(cut.blocks, i)];
+            let out = &mut out[i][full * BLOCK_COLS..];
+            for (j, byte) in block.iter().enumerate() {
+                for field in 0..4 {
+                    out[field * cut.tail + j] = byte >> (2 * field) & 3;
+                }
+            }
+        }
+    }
+}
+
+/// Stores 32 bytes.
+#[target_feature(enable = "avx2")]
+fn store(bytes: &mut [u8; 32], v: __m256i) {
+    // SAFETY: the array has the 32 bytes that are written; no alignment is needed.
+    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), v) }
 }

@@ -2,6 +2,7 @@
 //! the instructions exist are in `cpu.rs`.
 
 mod avx2_i2;
+mod avx2_tile;
 mod avx512_i2;
 
 use super::Kernel;
