@@ -117,7 +117,7 @@ fn weights(
 }
 
 fn build(model_type: &str, sizes: [usize; 5], kernel: &str, threads: usize) -> Box<dyn Model> {
-    let machine = Machine::new(Some(kernel), Some(threads)).unwrap();
+    let machine = Machine::new(Some(kernel), None, Some(threads)).unwrap();
     models::load(&config(model_type, sizes), &Random(weights(model_type, sizes)), machine).unwrap()
 }
 
@@ -248,7 +248,7 @@ fn refused(change: impl Fn(&mut ConfigMap, &mut HashMap<String, Owned>)) -> Stri
     let mut config = config("bitnet", SIZES[0]);
     let mut weights = weights("bitnet", SIZES[0]);
     change(&mut config, &mut weights);
-    let machine = Machine::new(Some("generic-i2"), Some(1)).unwrap();
+    let machine = Machine::new(Some("generic-i2"), None, Some(1)).unwrap();
     models::load(&config, &Random(weights), machine).err().expect("an error").to_string()
 }
 

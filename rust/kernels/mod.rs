@@ -14,8 +14,9 @@
 // into code compiled for an instruction set that its proof type guarantees.
 #![allow(unsafe_code)]
 
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
@@ -494,6 +495,39 @@ pub fn available(isa: Isa) -> Vec<&'static dyn Kernel> {
         kernels
     });
     all.iter().filter(|(needs, _)| *needs <= isa).map(|(_, kernel)| kernel.as_ref()).collect()
+}
+
+/// The kernels of `levels` that `isa` can run, fastest first; the last is
+/// scalar. For ternary levels that is [`available`]; for others the element-wise
+/// tables of the levels' own layout, such as `elut(-3,-1,1,3)`.
+///
+/// Kernels and layouts of a set of levels are made when it is first asked for,
+/// and stay: a few kilobytes for each of the sets that a process uses.
+#[must_use]
+pub fn available_for(isa: Isa, levels: Levels) -> Vec<&'static dyn Kernel> {
+    /// What there is for each set of levels, and what it needs.
+    type Sets = HashMap<Levels, &'static [(Isa, Box<dyn Kernel>)]>;
+    static ALL: Mutex<Option<Sets>> = Mutex::new(None);
+    if levels == Levels::TERNARY {
+        return available(isa);
+    }
+    // No code panics while it holds the lock, and a map is never half-made.
+    let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+    let kernels = all.get_or_insert_default().entry(levels).or_insert_with(|| {
+        let layout = generic::elut::layout(levels);
+        let mut kernels: Vec<(Isa, Box<dyn Kernel>)> = Vec::new();
+        for isa in Isa::available().into_iter().rev() {
+            #[cfg(target_arch = "x86_64")]
+            kernels.extend(x86_64::elut(isa, layout).map(|kernel| (isa, kernel)));
+            #[cfg(target_arch = "aarch64")]
+            kernels.extend(aarch64::elut(isa, layout).map(|kernel| (isa, kernel)));
+            if isa == Isa::GENERIC {
+                kernels.push((isa, generic::elut(layout)));
+            }
+        }
+        kernels.leak()
+    });
+    kernels.iter().filter(|(needs, _)| *needs <= isa).map(|(_, kernel)| kernel.as_ref()).collect()
 }
 
 /// The kernel called `name`, or the fastest one.
