@@ -138,6 +138,49 @@ fn sums_at_the_bounds() {
     }
 }
 
+/// The same at both ends of int8, which quantization hardly reaches, and for
+/// several inputs, which other code multiplies: rows of one sign, and rows
+/// whose every product has one sign.
+#[test]
+fn sums_at_the_ends_of_int8() {
+    let mut rng = Rng(6);
+    let team = Team::new(Some(1)).unwrap();
+    for cols in [1280, 2049, 6912, 131_071] {
+        let ends: Vec<i8> =
+            (0..cols).map(|_| if rng.next() % 2 == 0 { -128 } else { 127 }).collect();
+        let agree = ends.iter().map(|&q| if q < 0 { -1 } else { 1 });
+        let mut trits = vec![1i8; cols];
+        trits.extend(vec![-1; cols]);
+        trits.extend(agree.clone());
+        trits.extend(agree.map(|t: i8| -t));
+        let w = TernaryMatrix::new(&trits, 4, cols, 1.0).unwrap();
+        let inputs = [vec![-128; cols], ends, vec![127; cols]];
+        for n in [1, 2, 9] {
+            let qs: Vec<&[i8]> = (0..n).map(|t| &inputs[t % inputs.len()][..]).collect();
+            let right: Vec<f32> = qs
+                .iter()
+                .flat_map(|q| {
+                    (0..w.rows()).map(|r| {
+                        let products = w.row(r).iter().zip(*q);
+                        products.map(|(&t, &q)| i64::from(t) * i64::from(q)).sum::<i64>() as f32
+                    })
+                })
+                .collect();
+            for kernel in available(Isa::best().unwrap()) {
+                let mut xs: Vec<_> = qs.iter().map(|q| Prepared::from_values(q, 1.0)).collect();
+                xs.iter_mut().for_each(|x| kernel.build_table(x));
+                let y = team.run(|| {
+                    let packed = PackedMatrix::pack(Kernels::of(kernel), &w, &team).unwrap();
+                    let mut y = vec![f32::NAN; n * w.rows()];
+                    multiply(&team, &xs, [(&packed, &mut y)]);
+                    y
+                });
+                assert_eq!(bits(&y.unwrap()), bits(&right), "{}: {cols} x {n}", kernel.name());
+            }
+        }
+    }
+}
+
 /// Packing and unpacking is the identity for every layout and shape.
 #[test]
 fn unpack_gives_the_weights_again() {

@@ -25,12 +25,13 @@
 use std::arch::aarch64::*;
 use std::ops::Range;
 
-use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Cut, I2, ROWS};
+use super::super::generic::i2::{Cut, I2, ROWS};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
+use super::block::Block;
 use super::dotprod_tile::{add_run, sdot};
 use super::neon_i2::unpack;
 use super::neon_tile::{load, load_i8, reduce};
-use super::tile::{self, STEP};
+use super::tile;
 use crate::cpu::Dotprod;
 
 pub(super) struct DotprodI2(Dotprod);
@@ -78,25 +79,17 @@ pub(super) fn gemv(w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [
 #[inline]
 fn dot(group: &[u8], x: &Prepared) -> [i32; ROWS] {
     let cut = Cut::new(x.cols);
-    let (full, tail) = group.split_at(cut.blocks * ROWS * BLOCK_BYTES);
-    let full = full.as_chunks::<BLOCK_BYTES>().0.as_chunks::<ROWS>().0;
-    let (full_q, tail_q) = x.padded().split_at(cut.blocks * BLOCK_COLS);
     let mut acc = [[vdupq_n_s32(0); 3]; ROWS];
-    for (block, q) in full.iter().zip(full_q.as_chunks::<BLOCK_COLS>().0) {
-        let q = q.as_chunks().0;
-        for k in 0..BLOCK_BYTES / STEP {
-            let qs = [&q[k], &q[k + 4], &q[k + 8], &q[k + 12]];
-            add_strip(&mut acc, block.each_ref().map(|row| &row.as_chunks().0[k]), qs);
+    for b in 0..cut.blocks + usize::from(cut.tail > 0) {
+        let block = Block::new(group, x.padded(), b, cut.block(b, 0).len());
+        let mut k = 0;
+        loop {
+            add_register(&mut acc, &block, k);
+            k += 1;
+            if k >= block.registers {
+                break;
+            }
         }
-    }
-    // The tail's bytes and their columns are whole registers, too.
-    let (tail, tail_q) = (tail.as_chunks().0, tail_q.as_chunks().0);
-    let strips = cut.tail / STEP;
-    for k in 0..strips {
-        let rows = [&tail[k], &tail[strips + k], &tail[2 * strips + k], &tail[3 * strips + k]];
-        let qs =
-            [&tail_q[k], &tail_q[strips + k], &tail_q[2 * strips + k], &tail_q[3 * strips + k]];
-        add_strip(&mut acc, rows, qs);
     }
     let mut sums = [vdupq_n_s32(0); ROWS];
     for i in 0..ROWS {
@@ -106,13 +99,16 @@ fn dot(group: &[u8], x: &Prepared) -> [i32; ROWS] {
     reduce(sums)
 }
 
-/// Adds 16 bytes of each row, whose four fields meet `qs`.
+/// Adds the products of one register of each row.
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
-fn add_strip(acc: &mut [[int32x4_t; 3]; ROWS], rows: [&[u8; STEP]; ROWS], qs: [&[i8; STEP]; 4]) {
-    let qs = [load_i8(qs[0]), load_i8(qs[1]), load_i8(qs[2]), load_i8(qs[3])];
+fn add_register(acc: &mut [[int32x4_t; 3]; ROWS], block: &Block<'_, 4>, k: usize) {
+    let mut qs = [vdupq_n_s8(0); 4];
+    for f in 0..4 {
+        qs[f] = load_i8(&block.qs[f][k]);
+    }
     for i in 0..ROWS {
-        let bytes = load(rows[i]);
+        let bytes = load(&block.rows[i][k]);
         let [ones, fours, sixteens] = acc[i];
         let ones = sdot(ones, vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(3))), qs[0]);
         acc[i] = [

@@ -24,10 +24,11 @@
 use std::arch::aarch64::*;
 use std::ops::Range;
 
-use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Cut, I2, ROWS};
+use super::super::generic::i2::{BLOCK_COLS, Cut, I2, ROWS};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
-use super::neon_tile::{add_run, load, load_i8, reduce, store_i8};
-use super::tile::{self, CHUNK, STEP, Trits};
+use super::block::Block;
+use super::neon_tile::{add_halves, add_run, load, load_i8, reduce, store_i8, widen};
+use super::tile::{self, CHUNK, Trits};
 use crate::cpu::Neon;
 
 /// Blocks between two widenings, which are then one operation in a hundred.
@@ -78,49 +79,38 @@ fn gemv(w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
 #[inline]
 fn dot(group: &[u8], x: &Prepared) -> [i32; ROWS] {
     let cut = Cut::new(x.cols);
-    let (full, tail) = group.split_at(cut.blocks * ROWS * BLOCK_BYTES);
-    let full = full.as_chunks::<BLOCK_BYTES>().0.as_chunks::<ROWS>().0;
-    let (full_q, tail_q) = x.padded().split_at(cut.blocks * BLOCK_COLS);
-    let full_q = full_q.as_chunks::<BLOCK_COLS>().0;
     let mut acc = [vdupq_n_s32(0); ROWS];
-    for (blocks, qs) in full.chunks(WIDEN).zip(full_q.chunks(WIDEN)) {
-        let mut acc16 = [[vdupq_n_s16(0); 2]; ROWS];
-        for (block, q) in blocks.iter().zip(qs) {
-            let q = q.as_chunks().0;
-            for k in 0..BLOCK_BYTES / STEP {
-                let qs = [&q[k], &q[k + 4], &q[k + 8], &q[k + 12]];
-                add_strip(&mut acc16, block.each_ref().map(|row| &row.as_chunks().0[k]), qs);
+    let mut acc16 = [[vdupq_n_s16(0); 2]; ROWS];
+    for b in 0..cut.blocks + usize::from(cut.tail > 0) {
+        let block = Block::new(group, x.padded(), b, cut.block(b, 0).len());
+        let mut k = 0;
+        loop {
+            add_register(&mut acc16, &block, k);
+            k += 1;
+            if k >= block.registers {
+                break;
             }
         }
-        widen(&mut acc, acc16);
+        if b % WIDEN == WIDEN - 1 {
+            widen(&mut acc, &mut acc16);
+        }
     }
-    // The tail's bytes and their columns are whole registers, too.
-    let mut acc16 = [[vdupq_n_s16(0); 2]; ROWS];
-    let (tail, tail_q) = (tail.as_chunks().0, tail_q.as_chunks().0);
-    let strips = cut.tail / STEP;
-    for k in 0..strips {
-        let rows = [&tail[k], &tail[strips + k], &tail[2 * strips + k], &tail[3 * strips + k]];
-        let qs =
-            [&tail_q[k], &tail_q[strips + k], &tail_q[2 * strips + k], &tail_q[3 * strips + k]];
-        add_strip(&mut acc16, rows, qs);
-    }
-    widen(&mut acc, acc16);
+    widen(&mut acc, &mut acc16);
     reduce(acc)
 }
 
-/// Adds 16 bytes of each row, whose four fields meet `qs`.
+/// Adds the products of one register of each row.
 #[target_feature(enable = "neon")]
 #[inline]
-fn add_strip(acc: &mut [[int16x8_t; 2]; ROWS], rows: [&[u8; STEP]; ROWS], qs: [&[i8; STEP]; 4]) {
-    let qs = [load_i8(qs[0]), load_i8(qs[1]), load_i8(qs[2]), load_i8(qs[3])];
+fn add_register(acc: &mut [[int16x8_t; 2]; ROWS], block: &Block<'_, 4>, k: usize) {
+    let mut qs = [vdupq_n_s8(0); 4];
+    for f in 0..4 {
+        qs[f] = load_i8(&block.qs[f][k]);
+    }
     for i in 0..ROWS {
-        let codes = fields(load(rows[i]));
+        let codes = fields(load(&block.rows[i][k]));
         for f in 0..4 {
-            let [low, high] = acc[i];
-            acc[i] = [
-                vmlal_s8(low, vget_low_s8(codes[f]), vget_low_s8(qs[f])),
-                vmlal_high_s8(high, codes[f], qs[f]),
-            ];
+            acc[i] = add_halves(acc[i], codes[f], qs[f]);
         }
     }
 }
@@ -136,15 +126,6 @@ fn fields(bytes: uint8x16_t) -> [int8x16_t; 4] {
         vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8::<4>(bytes), low)),
         vreinterpretq_s8_u8(vshrq_n_u8::<6>(bytes)),
     ]
-}
-
-/// Adds int16 sums to int32 sums.
-#[target_feature(enable = "neon")]
-#[inline]
-fn widen(acc: &mut [int32x4_t; ROWS], acc16: [[int16x8_t; 2]; ROWS]) {
-    for i in 0..ROWS {
-        acc[i] = vpadalq_s16(vpadalq_s16(acc[i], acc16[i][0]), acc16[i][1]);
-    }
 }
 
 /// An [`Unpack`](tile::Unpack).

@@ -45,8 +45,26 @@ pub(super) fn store_i8(bytes: &mut [i8; STEP], v: int8x16_t) {
 /// Adds 16 products to eight int16 lanes, two to each.
 #[target_feature(enable = "neon")]
 #[inline]
-pub(super) fn add_products(acc: int16x8_t, a: int8x16_t, b: int8x16_t) -> int16x8_t {
+fn add_products(acc: int16x8_t, a: int8x16_t, b: int8x16_t) -> int16x8_t {
     vmlal_high_s8(vmlal_s8(acc, vget_low_s8(a), vget_low_s8(b)), a, b)
+}
+
+/// Adds 16 products to 16 int16 lanes.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn add_halves(acc: [int16x8_t; 2], a: int8x16_t, b: int8x16_t) -> [int16x8_t; 2] {
+    [vmlal_s8(acc[0], vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(acc[1], a, b)]
+}
+
+/// Moves int16 sums to int32 sums.
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn widen(acc: &mut [int32x4_t; ROWS], acc16: &mut [[int16x8_t; 2]; ROWS]) {
+    for i in 0..ROWS {
+        let [low, high] = acc16[i];
+        acc[i] = vpadalq_s16(vpadalq_s16(acc[i], low), high);
+        acc16[i] = [vdupq_n_s16(0); 2];
+    }
 }
 
 /// The sums of four registers of int32 lanes.
