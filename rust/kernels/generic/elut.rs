@@ -172,8 +172,11 @@ impl Digits {
         [(i32::from(entry) - i32::from(self.base) * high) as i8, high as i8]
     }
 
-    fn join(self, low: u8, high: u8) -> i32 {
-        i32::from(low as i8) + i32::from(self.base) * i32::from(high as i8)
+    /// The entries of a table.
+    fn join(self, table: &[u8; TABLE_BYTES]) -> [i32; ENTRIES] {
+        let (low, high) = table.split_at(ENTRIES);
+        let digit = |byte: u8| i32::from(byte as i8);
+        std::array::from_fn(|e| digit(low[e]) + i32::from(self.base) * digit(high[e]))
     }
 }
 
@@ -433,23 +436,150 @@ impl Kernel for GenericElut {
         let (cut, digits) = (self.layout.cut(w.cols), self.layout.digits);
         let (tables, _) = x.table().as_chunks::<TABLE_BYTES>();
         let (mirrored, plain) = tables.split_at(cut.blocks * BLOCK_GROUPS);
-        let entry = |table: &[u8; TABLE_BYTES], e: usize| digits.join(table[e], table[ENTRIES + e]);
-        for (y, r) in y.iter_mut().zip(rows) {
-            let i = r % ROWS;
-            let (blocks, pairs) = w.group(r - i).split_at(cut.block_bytes());
-            let mut acc = 0;
-            for (block, tables) in
-                blocks.chunks_exact(BLOCK_BYTES).zip(mirrored.chunks_exact(BLOCK_GROUPS))
-            {
-                for (k, table) in tables.iter().enumerate() {
+        for (y, first) in y.chunks_mut(ROWS).zip(rows.step_by(ROWS)) {
+            let (blocks, pairs) = w.group(first).split_at(cut.block_bytes());
+            let (blocks, _) = blocks.as_chunks::<BLOCK_BYTES>();
+            let mut acc = [0; ROWS];
+            for (k, table) in mirrored.iter().enumerate() {
+                let entries = digits.join(table);
+                let (block, k) = (&blocks[k / BLOCK_GROUPS], k % BLOCK_GROUPS);
+                for i in 0..ROWS {
                     let (e, negative) = mirrored_index(block, k, i);
-                    acc += if negative { -entry(table, e) } else { entry(table, e) };
+                    acc[i] += if negative { -entries[e] } else { entries[e] };
                 }
             }
             for (k, table) in plain.iter().enumerate() {
-                acc += entry(table, plain_index(pairs, k, i));
+                let entries = digits.join(table);
+                for i in 0..ROWS {
+                    acc[i] += entries[plain_index(pairs, k, i)];
+                }
             }
-            *y = x.rescale(acc, w.scale);
+            for (y, acc) in y.iter_mut().zip(acc) {
+                *y = x.rescale(acc, w.scale);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{tl1, tl2};
+    use super::*;
+
+    fn levels(values: &[i8]) -> Levels {
+        Levels::new(values).unwrap()
+    }
+
+    fn best(values: &[i8]) -> Elut {
+        Elut::best("test", levels(values))
+    }
+
+    /// Sets of levels of all kinds of reach.
+    fn sets() -> Vec<Levels> {
+        let mut sets = vec![levels(&[0, 1]), levels(&[-127, -1, 0, 127]), Levels::TERNARY];
+        for a in 1..=127 {
+            sets.extend([&[-a, a][..], &[-a, 0, a], &[a - 1, a]].map(levels));
+            if a > 1 {
+                sets.push(levels(&[-a, -1, 0, 1, a]));
+            }
+            if a > 5 {
+                sets.push(levels(&[-a, -4, -2, 0, 1, 3, 5, a]));
+            }
+        }
+        sets
+    }
+
+    #[test]
+    fn takes_the_fewest_bits_a_weight() {
+        let groups = |values: &[i8]| {
+            let e = best(values);
+            (e.mirror.map(|code| code.group), e.plain.group)
+        };
+        assert_eq!(groups(&[-1, 1]), (None, 4));
+        assert_eq!(groups(&[0, 1]), (None, 4));
+        assert_eq!(groups(&[-3, 0, 3]), (Some(3), 2));
+        assert_eq!(groups(&[0, 1, 2]), (None, 2));
+        assert_eq!(groups(&[-3, -1, 1, 3]), (None, 2));
+        assert_eq!(groups(&[-2, -1, 0, 1, 2]), (Some(2), 1));
+        assert_eq!(groups(&[-2, -1, 0, 1, 3]), (None, 1));
+        assert_eq!(groups(&[-7, -5, -3, -1, 1, 3, 5, 7]), (None, 1));
+        // Large levels: sums of several would leave int8 or int16 too soon.
+        assert_eq!(groups(&[-10, 0, 10]), (Some(3), 2));
+        assert_eq!(groups(&[-11, 0, 11]), (None, 2));
+        assert_eq!(groups(&[-100, 100]), (None, 1));
+        // Two bits a weight; 1.67 for all but the 16 of 2560 that fill no block.
+        assert_eq!(tl1::layout().group_bytes(2560), ROWS * 640);
+        assert_eq!(tl2::layout().group_bytes(2560), ROWS * (2544 / 24 * 5 + 4));
+    }
+
+    /// Every digit of every possible entry, and what kernels rely on.
+    #[test]
+    fn digits_stay_in_their_bounds() {
+        for set in sets() {
+            let e = Elut::best("test", set);
+            let d = e.digits;
+            let reach = d.reach as i16;
+            let mut largest = 0;
+            for entry in -reach..=reach {
+                let [low, high] = d.split(entry);
+                assert_eq!(i32::from(low) + i32::from(d.base) * i32::from(high), entry.into());
+                largest = largest.max(low.unsigned_abs()).max(high.unsigned_abs());
+            }
+            assert!(usize::from(largest) * d.run <= 127, "{set:?} {d:?} {largest}");
+            assert!((1..=128).contains(&d.base) && d.int16_lookups() >= 2, "{set:?} {d:?}");
+            if e.mirror.is_some() {
+                assert!(d.run >= 2 && d.int16_lookups() >= BLOCK_GROUPS, "{set:?} {d:?}");
+            }
+            if e.plain.group > 1 {
+                assert!(d.run >= 2, "{set:?} {d:?}");
+            }
+        }
+        assert_eq!((tl1::layout().digits.run, tl1::layout().digits.int16_lookups()), (11, 127));
+        assert_eq!((tl2::layout().digits.run, tl2::layout().digits.int16_lookups()), (9, 85));
+    }
+
+    /// The numbers that the papers give to patterns, and the opposites of all.
+    #[test]
+    fn codes_are_those_of_the_papers() {
+        let ranks = |trits: &[i8]| trits.iter().map(|t| (t + 1) as u8).collect::<Vec<_>>();
+        let two = Code::new(Levels::TERNARY, 2, false);
+        let three = Code::new(Levels::TERNARY, 3, true);
+        for pattern in 0..27 {
+            let trits = [pattern / 9 - 1, pattern / 3 % 3 - 1, pattern % 3 - 1];
+            let number = 9 * trits[0] + 3 * trits[1] + trits[2];
+            let (index, negative) = three.encode(ranks(&trits).into_iter());
+            assert_eq!((index, negative), (number.unsigned_abs(), number < 0), "{trits:?}");
+            let (index, _) = two.encode(ranks(&trits[1..]).into_iter());
+            assert_eq!(index as i8, 3 * trits[1] + trits[2] + 4, "{trits:?}");
+        }
+    }
+
+    /// Mirror codes that are not the best of any levels are right all the same.
+    #[test]
+    fn packs_any_groups() {
+        for (values, mirror, plain) in
+            [(&[-1, 1][..], Some(5), 4), (&[-3, -1, 1, 3], Some(2), 2), (&[-1, 0, 1], Some(1), 1)]
+        {
+            let e = Elut::new("test", levels(values), mirror, plain);
+            let cols = 97;
+            let weights: Vec<i8> =
+                (0..3 * cols).map(|i| values[i * i % 31 % values.len()]).collect();
+            let w = LevelMatrix::new(&weights, 3, cols, 1.0, e.levels).unwrap();
+            let mut bytes = vec![0; e.group_bytes(cols)];
+            e.pack(&w, 0, &mut bytes);
+            let mut out = vec![0; ROWS * cols];
+            e.unpack(&bytes, cols, &mut out);
+            assert!(out[..3 * cols] == weights, "{values:?} {mirror:?}");
+        }
+    }
+
+    /// Whatever bytes there are, they can be read.
+    #[test]
+    fn unpacks_any_bytes() {
+        for set in [levels(&[-1, 1]), levels(&[-2, -1, 0, 1, 2]), levels(&[0, 5])] {
+            let e = Elut::best("test", set);
+            let bytes: Vec<u8> = (0..e.group_bytes(133)).map(|i| (i * 73) as u8).collect();
+            e.unpack(&bytes, 133, &mut vec![0; ROWS * 133]);
         }
     }
 }

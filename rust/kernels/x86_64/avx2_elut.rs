@@ -16,9 +16,11 @@
 //! for 96 weights; with int16 sums joined after every look-up, as in the papers,
 //! it is 13.
 //!
-//! The tables are larger than the first-level cache (27 KB for 2560 columns in
-//! TL2, 40 KB in TL1), so [`GROUPS`] row groups use a part of them before the
-//! next part is touched. Several tokens share the indexes and signs of a group.
+//! Several tokens share the indexes and signs of a group. Their tables are
+//! larger than the first-level cache (27 KB each for 2560 columns in TL2, 40 KB
+//! in TL1), so [`GROUPS`] row groups use a part of them before the next part is
+//! touched. Not so for one token: four row groups at once are four streams
+//! from memory, and those came a fifth slower than one.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -29,7 +31,7 @@ use super::super::generic::elut::{
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use crate::cpu::Avx2;
 
-/// Row groups that share a part of the tables. More than four gained nothing.
+/// Row groups that share a part of the tables of several tokens.
 const GROUPS: usize = 4;
 
 /// Column groups in a part of the tables, about: 3 KB for each token.
@@ -195,8 +197,9 @@ fn multiply<const T: usize>(
         (tables[t], _) = xs[t].table().as_chunks();
     }
     let start = rows.start;
-    for first in rows.clone().step_by(GROUPS * ROWS) {
-        let end = rows.end.min(first + GROUPS * ROWS);
+    let step = if T == 1 { ROWS } else { GROUPS * ROWS };
+    for first in rows.clone().step_by(step) {
+        let end = rows.end.min(first + step);
         let mut sums = [[[_mm256_setzero_si256(); 4]; T]; GROUPS];
         for from in (0..cut.blocks).step_by(PART / BLOCK_GROUPS) {
             let blocks = from..cut.blocks.min(from + PART / BLOCK_GROUPS);
