@@ -27,6 +27,7 @@ use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::kernels::{self, Kernels, PackedMatrix, Prepared, Projection};
 use crate::kv_cache::{KvCache, KvDtype};
+use crate::levels::{LevelMatrix, Levels};
 use crate::models::{
     self, ConfigMap, Dims, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit,
     Weights,
@@ -369,20 +370,24 @@ struct PyPackedMatrix {
 #[pymethods]
 impl PyPackedMatrix {
     #[new]
-    #[pyo3(signature = (values, scale, kernel, *, threads=1))]
+    #[pyo3(signature = (values, scale, kernel, *, levels=None, threads=1))]
     fn new(
         py: Python<'_>,
         values: PyReadonlyArray2<'_, i8>,
         scale: f32,
         kernel: &str,
+        levels: Option<Vec<i8>>,
         threads: usize,
     ) -> PyResult<Self> {
         let (rows, cols, values) = matrix("values", &values)?;
         let (isa, team) = (Isa::best()?, Team::new(Some(threads))?);
         let packed = py.detach(|| {
-            let kernels = Kernels::of(kernels::by_name(isa, Some(kernel))?);
-            let w = TernaryMatrix::new(values, rows, cols, scale)?;
-            team.run(|| PackedMatrix::pack(kernels, &w, &team))?
+            let w = match levels {
+                None => LevelMatrix::from(&TernaryMatrix::new(values, rows, cols, scale)?),
+                Some(levels) => LevelMatrix::new(values, rows, cols, scale, Levels::new(&levels)?)?,
+            };
+            let kernels = Kernels::of(kernels::by_name_for(isa, w.levels(), Some(kernel))?);
+            team.run(|| PackedMatrix::pack(kernels, w, &team))?
         })?;
         Ok(Self { isa, team, packed })
     }

@@ -86,6 +86,44 @@ def test_gemm_and_gemv_are_the_exact_formula_on_every_kernel(
         assert_same_bits(_core._gemv(trits, scale, x[0], kernel), wanted[0])
 
 
+LEVELS = st.one_of(
+    st.sampled_from(
+        [[-1, 1], [0, 1], [-3, -1, 1, 3], [-2, -1, 0, 1, 2], [-7, -5, -3, -1, 1, 3, 5, 7]]
+    ),
+    st.lists(st.integers(-127, 127), min_size=2, max_size=8, unique=True),
+)
+
+
+@FAST
+@given(
+    LEVELS, st.integers(1, 70), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32 - 1)
+)
+def test_matrices_of_other_levels_are_exact_too(
+    levels: list[int], rows: int, cols: int, n: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.choice(np.array(levels, np.int8), (rows, cols))
+    x = rng.standard_normal((n, cols)).astype(np.float32)
+    codes, divisor = _reference.absmax(x)
+    sums = codes.astype(np.int64) @ values.T.astype(np.int64)
+    wanted = sums.astype(np.float32) / divisor * np.float32(0.3)
+    # The kernels of other levels are named after the instruction sets of the ternary ones.
+    isas = {kernel.partition("-")[0] for kernel in KERNELS if kernel.endswith("-tl1")}
+    ternary = sorted(levels) == [-1, 0, 1]
+    for kernel in KERNELS if ternary else [f"{isa}-elut" for isa in isas]:
+        packed = _core._PackedMatrix(values, 0.3, kernel, levels=levels)
+        assert (packed.unpack() == values).all()
+        assert_same_bits(packed.multiply(x), wanted)
+
+
+def test_levels_are_checked() -> None:
+    values = np.array([[-3, 1], [3, -1]], np.int8)
+    with pytest.raises(ValueError, match="levels"):
+        _core._PackedMatrix(values, 1.0, "generic-elut", levels=[-3, 1, 3])
+    with pytest.raises(ValueError, match=r"generic-elut for the levels \[-3, -1, 1, 3\]"):
+        _core._PackedMatrix(values, 1.0, KERNELS[0], levels=[-3, -1, 1, 3])
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("cols", [131_071, 100_003])
 def test_the_widest_sums_stay_exact(kernel: str, cols: int) -> None:

@@ -153,20 +153,29 @@ class KvCache:
 
 @final
 class _PackedMatrix:
-    """A ternary matrix in the layout of a kernel: for tests and benchmarks. Underscored: not API.
+    """A matrix in the layout of a kernel: for tests and benchmarks. Underscored: not API.
 
     Args:
-        values: Trits, shape (rows, cols).
+        values: Shape (rows, cols).
         scale: Multiplies them.
-        kernel: A name from `kernels()`.
+        kernel: A name from `kernels()`; `"generic-elut"` and its like for levels that are
+            not ternary.
+        levels: 2 to 8 integers that values may be, from -127 to 127; None means trits.
         threads: Threads that multiply.
 
     Raises:
-        ValueError: Values that are no trits, an unknown kernel, a scale that is not finite.
+        ValueError: Values that are no trits or levels, an unknown kernel, a scale that is not
+            finite.
     """
 
     def __new__(
-        cls, values: NDArray[np.int8], scale: float, kernel: str, *, threads: int = 1
+        cls,
+        values: NDArray[np.int8],
+        scale: float,
+        kernel: str,
+        *,
+        levels: Sequence[int] | None = None,
+        threads: int = 1,
     ) -> Self: ...
     @property
     def n_bytes(self) -> int:

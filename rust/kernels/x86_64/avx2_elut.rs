@@ -11,10 +11,11 @@
 //! ```
 //!
 //! The bounds are in [`Digits`]: how many digits fit int8 (nine of three trits,
-//! eleven of two), and how many entries fit int16 (85, 127). For three trits a
-//! group is 9.3 operations, two of them loads' companions in the shuffle ports,
-//! for 96 weights; with int16 sums joined after every look-up, as in the papers,
-//! it is 13.
+//! eleven of two), and how many entries fit int16 (85, 127). Three trits of 32
+//! rows are 9.3 operations in the vector ports: 2 shuffles, 2 signs, 2 additions,
+//! 1.5 for the index, 1.1 for the sign and 0.7 for widening. With int16 sums
+//! joined after every look-up and negated there, as in the papers, it is about 13
+//! (counted, not measured).
 //!
 //! Several tokens share the indexes and signs of a group. Their tables are
 //! larger than the first-level cache (27 KB each for 2560 columns in TL2, 40 KB
@@ -26,7 +27,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::generic::elut::{
-    BLOCK_BYTES, BLOCK_GROUPS, Code, Digits, ENTRIES, Elut, ROWS, TABLE_BYTES,
+    BLOCK_BYTES, BLOCK_GROUPS, Code, Digits, ENTRIES, Elut, MAX_GROUP, ROWS, TABLE_BYTES,
 };
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use crate::cpu::Avx2;
@@ -128,18 +129,11 @@ fn load_table(table: &[u8; TABLE_BYTES]) -> [__m256i; 2] {
 }
 
 #[target_feature(enable = "avx2")]
-fn store<T>(v: __m256i, out: &mut [T; 32])
-where
-    T: Byte,
-{
+fn store(v: __m256i, out: &mut [u8; 32]) {
     // SAFETY: the array has the 32 bytes that are written; the store needs no
     // alignment.
     unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), v) }
 }
-
-/// What [`store`] may write: one-byte integers.
-trait Byte {}
-impl Byte for u8 {}
 
 /// The int32 lanes of a register.
 #[target_feature(enable = "avx2")]
@@ -154,7 +148,7 @@ fn lanes(v: __m256i) -> [i32; 8] {
 /// The tables of one code: 16 entries at a time, as int16, then split in digits.
 #[target_feature(enable = "avx2")]
 fn fill_table(digits: Digits, code: &Code, q: &[i8], table: &mut [[u8; TABLE_BYTES]]) {
-    let mut values = [_mm256_setzero_si256(); 5];
+    let mut values = [_mm256_setzero_si256(); MAX_GROUP];
     for (v, levels) in values.iter_mut().zip(&code.values) {
         let mut wide = [0i16; ENTRIES];
         for e in 0..ENTRIES {
