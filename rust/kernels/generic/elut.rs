@@ -269,13 +269,17 @@ impl Elut {
             ranks[usize::from(v as u8)] = rank as u8;
         }
         let reach = mirror.unwrap_or(0).max(plain) * levels.max_abs() as usize * 128;
+        let digits = Digits::new(reach);
+        // A block fits int16, or at least a pair of plain groups.
+        let unit = if mirror.is_some() { BLOCK_GROUPS } else { 2 };
+        debug_assert!(digits.int16_lookups() >= unit, "{name}");
         Self {
             name,
             levels,
             ranks,
             mirror: mirror.map(|group| Code::new(levels, group, true)),
             plain: Code::new(levels, plain, false),
-            digits: Digits::new(reach),
+            digits,
         }
     }
 
