@@ -4,6 +4,7 @@
 mod avx2_i2;
 mod avx2_tile;
 mod avx512_i2;
+mod avx512_tile;
 mod tiles;
 
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
