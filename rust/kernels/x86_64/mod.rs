@@ -7,6 +7,7 @@ mod avx512_i2;
 mod avx512_tile;
 mod avxvnni_i2;
 mod avxvnni_tile;
+mod ssse3_i2;
 mod tiles;
 
 use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -17,7 +18,8 @@ use crate::cpu::{Isa, Proof};
 /// Adds the kernels that `isa` brings over the level below it, fastest first.
 pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
     match isa.proof() {
-        Proof::Generic | Proof::Ssse3(_) | Proof::Avx512Vbmi(_) => {}
+        Proof::Generic | Proof::Avx512Vbmi(_) => {}
+        Proof::Ssse3(proof) => kernels.push((isa, Box::new(ssse3_i2::Ssse3I2::new(proof)))),
         Proof::Avx2(proof) => kernels.push((isa, Box::new(avx2_i2::Avx2I2::new(proof)))),
         Proof::AvxVnni(proof) => {
             kernels.push((isa, Box::new(avxvnni_i2::AvxVnniI2::new(proof))));
