@@ -145,7 +145,8 @@ fn sums_at_the_bounds_of_int8() {
         let random = rng.trits(rows * cols);
         for trits in [vec![1; rows * cols], vec![-1; rows * cols], random] {
             let w = TernaryMatrix::new(&trits, rows, cols, 0.5).unwrap();
-            let ends = (0..cols).map(|_| if rng.next() % 2 == 0 { -128 } else { 127 }).collect();
+            let ends =
+                (0..cols).map(|_| if rng.next().is_multiple_of(2) { -128 } else { 127 }).collect();
             let pairs = (0..cols).map(|c| if c % 2 == 0 { -128 } else { 127 }).collect();
             // One field in four, so that no other field makes up for it.
             let field = |f| (0..cols).map(|c| if c / 64 % 4 == f { -128 } else { 127 }).collect();
