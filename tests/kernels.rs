@@ -141,7 +141,7 @@ fn sums_at_the_ends_of_int8() {
     let team = Team::new(Some(1)).unwrap();
     for cols in [1280, 2049, 6912, 131_071] {
         let ends: Vec<i8> =
-            (0..cols).map(|_| if rng.next() % 2 == 0 { -128 } else { 127 }).collect();
+            (0..cols).map(|_| if rng.next() & 1 == 0 { -128 } else { 127 }).collect();
         let agree = ends.iter().map(|&q| if q < 0 { -1 } else { 1 });
         let mut trits = vec![1i8; cols];
         trits.extend(vec![-1; cols]);

@@ -14,6 +14,7 @@ mod neon_tile;
 mod tile;
 
 use super::Kernel;
+use super::generic::elut::Elut;
 use crate::cpu::{Isa, Proof};
 
 /// Adds the kernels that `isa` brings over the level below it, fastest first.
@@ -33,4 +34,9 @@ pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
             kernels.push((isa, Box::new(i8mm_t5::I8mmT5::new(proof))));
         }
     }
+}
+
+/// The kernel of any levels that `isa` brings.
+pub(super) fn elut(_isa: Isa, _layout: &'static Elut) -> Option<Box<dyn Kernel>> {
+    None
 }
