@@ -9,10 +9,10 @@ SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
 CORE := python/bitnet_rs/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-python test-slow lint format bench bench-results bench-kernels wheel clean rust
+.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels lint format bench bench-results bench-kernels wheel clean rust
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 24
 
 demo: $(CORE)  ## Build, then stream text from the bundled model and say how fast
 	$(BIN)/bitnet-rs generate --stats --seed 4 --max-tokens 120 "Once upon a time there was"
@@ -33,6 +33,12 @@ test-python: $(CORE)
 test-slow: $(CORE)  ## The whole Python suite on each lower instruction set (10 minutes)
 	BITNET_RS_ISA=avx2 $(BIN)/python -m pytest -q
 	BITNET_RS_ISA=generic $(BIN)/python -m pytest -q --timeout 1200
+
+test-aarch64: rust  ## The Rust tests as aarch64 code, emulated at three levels (needs Debian 12)
+	tools/test-aarch64.sh
+
+test-x86-levels: rust  ## The Rust tests on emulated older x86-64 processors (needs Debian 12)
+	tools/test-x86-levels.sh
 
 lint: $(CORE)  ## Formatting, clippy, rustdoc, ruff, mypy, stubtest: warnings are errors
 	cargo fmt --check

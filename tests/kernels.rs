@@ -1,6 +1,8 @@
 //! One runner for all kernels: whatever the machine has must give the bits of
 //! a naive product, for every shape, number of inputs and number of threads.
 
+mod common;
+
 use bitnet_rs::cpu::Isa;
 use bitnet_rs::kernels::{Kernel, Kernels, PackedMatrix, Prepared, available, by_name, multiply};
 use bitnet_rs::ternary::TernaryMatrix;
@@ -81,7 +83,11 @@ fn check(trits: &[i8], rows: usize, cols: usize, xs: &[f32], threads: usize) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(96) })]
+    #![proptest_config(ProptestConfig {
+        cases: 96 / common::one_in() as u32,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn every_kernel_gives_the_bits_of_the_definition(
