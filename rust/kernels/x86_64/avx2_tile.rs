@@ -23,7 +23,10 @@ const TOKENS: usize = 3;
 /// Tokens of a tile whose activations are held in registers: 12 accumulators,
 /// 2 of these, a code and a product are all 16. With a third held, the
 /// compiler spills an accumulator, and adding to memory takes as long as all
-/// the rest (100 instead of 136 GMAC/s on Zen 3; a 4 x 2 tile: 124).
+/// the rest (100 instead of 133 GMAC/s on Zen 3; a 4 x 2 tile: 124). The same
+/// loop alone, in assembly, comes to 170: additions that take the pipes of
+/// `vpmaddubsw` keep it from 207. Longer runs, more row groups and no bounds
+/// checks changed nothing.
 const HELD: usize = 2;
 
 /// Columns of one register.

@@ -10,7 +10,7 @@
 //! Not timed: written on a machine without AVX-512. By count, a tile of a
 //! whole chunk takes 480 `vpdpbusd` of 64 products, on the one or two pipes
 //! that have it, besides 200 loads and 84 other instructions; unpacking adds
-//! 220 for all tokens. Before, four rows and four tokens of i2 took 320
+//! 240 for all tokens. Before, four rows and four tokens of i2 took 320
 //! `vpdpbusd`, 100 loads, 140 shifts and masks, and for K = 2560 another 80 of
 //! 160 to add the lanes of one sum after the other; it reached 52 % of the
 //! `vpdpbusd` peak (Zen 4), and its activations came from L2.
