@@ -73,7 +73,7 @@ pub trait Kernel: Send + Sync {
     /// The layout of the matrices that it multiplies.
     fn layout(&self) -> &'static dyn Layout;
 
-    /// Names the form of [`Prepared::table`] that
+    /// Names the form of the table in [`Prepared`] that
     /// [`build_table`](Kernel::build_table) makes and [`gemv`](Kernel::gemv)
     /// reads; empty where there is none.
     fn table(&self) -> &'static str {
