@@ -3,10 +3,13 @@
 
 mod avx2_elut;
 mod avx2_i2;
+mod avx2_t5;
 mod avx2_tile;
 mod avx512_i2;
 mod avx512_tile;
+mod avx512vbmi_t5;
 mod avxvnni_i2;
+mod avxvnni_t5;
 mod avxvnni_tile;
 mod ssse3_i2;
 mod tiles;
@@ -20,18 +23,23 @@ use crate::cpu::{Isa, Proof};
 /// Adds the kernels that `isa` brings over the level below it, fastest first.
 pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
     match isa.proof() {
-        Proof::Generic | Proof::Avx512Vbmi(_) => {}
+        Proof::Generic => {}
         Proof::Ssse3(proof) => kernels.push((isa, Box::new(ssse3_i2::Ssse3I2::new(proof)))),
         Proof::Avx2(proof) => {
             kernels.push((isa, Box::new(avx2_i2::Avx2I2::new(proof))));
+            kernels.push((isa, Box::new(avx2_t5::Avx2T5::new(proof))));
             for (name, layout) in [("avx2-tl2", tl2::layout()), ("avx2-tl1", tl1::layout())] {
                 kernels.push((isa, Box::new(avx2_elut::Avx2Elut::new(proof, name, layout))));
             }
         }
         Proof::AvxVnni(proof) => {
             kernels.push((isa, Box::new(avxvnni_i2::AvxVnniI2::new(proof))));
+            kernels.push((isa, Box::new(avxvnni_t5::AvxVnniT5::new(proof))));
         }
         Proof::Avx512(proof) => kernels.push((isa, Box::new(avx512_i2::Avx512I2::new(proof)))),
+        Proof::Avx512Vbmi(proof) => {
+            kernels.push((isa, Box::new(avx512vbmi_t5::Avx512VbmiT5::new(proof))));
+        }
     }
 }
 
