@@ -86,42 +86,52 @@ def test_gemm_and_gemv_are_the_exact_formula_on_every_kernel(
         assert_same_bits(_core._gemv(trits, scale, x[0], kernel), wanted[0])
 
 
-LEVELS = st.one_of(
-    st.sampled_from(
-        [[-1, 1], [0, 1], [-3, -1, 1, 3], [-2, -1, 0, 1, 2], [-7, -5, -3, -1, 1, 3, 5, 7]]
-    ),
-    st.lists(st.integers(-127, 127), min_size=2, max_size=8, unique=True),
-)
+@st.composite
+def level_products(draw: st.DrawFn) -> tuple[list[int], NDArray[np.int8], NDArray[np.float32]]:
+    """Two to eight levels, a matrix of them, and inputs."""
+    half = draw(st.lists(st.integers(1, 127), min_size=1, max_size=3, unique=True))
+    mirrored = sorted({*half, *(-v for v in half), *draw(st.sampled_from([(), (0,)]))})
+    free = st.lists(st.integers(-127, 127), min_size=2, max_size=8, unique=True)
+    levels = draw(st.one_of(free, st.just(mirrored)))
+    rows, cols, n = draw(st.integers(1, 70)), draw(st.integers(1, 300)), draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    values = rng.choice(np.array(levels, np.int8), (rows, cols))
+    return levels, values, rng.normal(0, 1, (n, cols)).astype(np.float32)
 
 
 @FAST
-@given(
-    LEVELS, st.integers(1, 70), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32 - 1)
-)
-def test_matrices_of_other_levels_are_exact_too(
-    levels: list[int], rows: int, cols: int, n: int, seed: int
+@given(level_products())
+def test_matrices_of_any_levels_are_multiplied_exactly(
+    product: tuple[list[int], NDArray[np.int8], NDArray[np.float32]],
 ) -> None:
-    rng = np.random.default_rng(seed)
-    values = rng.choice(np.array(levels, np.int8), (rows, cols))
-    x = rng.standard_normal((n, cols)).astype(np.float32)
+    levels, values, x = product
     codes, divisor = _reference.absmax(x)
     sums = codes.astype(np.int64) @ values.T.astype(np.int64)
     wanted = sums.astype(np.float32) / divisor * np.float32(0.3)
-    # The kernels of other levels are named after the instruction sets of the ternary ones.
-    isas = {kernel.partition("-")[0] for kernel in KERNELS if kernel.endswith("-tl1")}
-    ternary = sorted(levels) == [-1, 0, 1]
-    for kernel in KERNELS if ternary else [f"{isa}-elut" for isa in isas]:
-        packed = _core._PackedMatrix(values, 0.3, kernel, levels=levels)
-        assert (packed.unpack() == values).all()
+    kernels = _core._kernels_for(levels)
+    assert kernels[-1].startswith("generic")
+    for kernel in kernels:
+        packed = _core._PackedMatrix(values, 0.3, kernel, threads=2, levels=levels)
         assert_same_bits(packed.multiply(x), wanted)
+        assert_same_bits(packed.multiply(x[:1]), wanted[:1])
+        np.testing.assert_array_equal(packed.unpack(), values)
 
 
-def test_levels_are_checked() -> None:
-    values = np.array([[-3, 1], [3, -1]], np.int8)
-    with pytest.raises(ValueError, match="levels"):
-        _core._PackedMatrix(values, 1.0, "generic-elut", levels=[-3, 1, 3])
-    with pytest.raises(ValueError, match=r"generic-elut for the levels \[-3, -1, 1, 3\]"):
-        _core._PackedMatrix(values, 1.0, KERNELS[0], levels=[-3, -1, 1, 3])
+def test_matrices_of_any_levels_refuse_what_does_not_fit() -> None:
+    values = np.ones((2, 3), np.int8)
+    for kernel, levels, message in [
+        ("generic-i2", [-3, 1], "unknown kernel"),
+        ("generic-elut", [-3, 3], "holds 1"),
+        ("generic-elut", [1], "wanted 2 to 8"),
+        ("generic-elut", [1, 1], "twice"),
+        ("generic-elut", [-128, 1], "-127"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _core._PackedMatrix(values, 1.0, kernel, levels=levels)
+    packed = _core._PackedMatrix(values, 1.0, KERNELS[0])
+    for wrong in (np.ones((0, 3), np.float32), np.ones((1, 4), np.float32)):
+        with pytest.raises(ValueError, match="wanted at least one row of 3"):
+            packed.multiply(wrong)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

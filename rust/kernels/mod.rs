@@ -10,8 +10,8 @@
 //! Kernels are single-threaded. Packing and [`multiply`] split rows over a
 //! [`Team`], and nothing else here knows of threads.
 
-// Allocation of cache-line-aligned bytes below, and the entry of each kernel
-// into code compiled for an instruction set that its proof type guarantees.
+// The entry of each kernel into code compiled for an instruction set that its
+// proof type guarantees.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -21,6 +21,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::levels::{LevelMatrix, Levels};
+use crate::memory::AlignedBytes;
 use crate::threads::Team;
 
 #[cfg(target_arch = "aarch64")]
@@ -74,7 +75,7 @@ pub trait Kernel: Send + Sync {
     /// The layout of the matrices that it multiplies.
     fn layout(&self) -> &'static dyn Layout;
 
-    /// Names the form of [`Prepared::table`] that
+    /// Names the form of the table in [`Prepared`] that
     /// [`build_table`](Kernel::build_table) makes and [`gemv`](Kernel::gemv)
     /// reads; empty where there is none.
     fn table(&self) -> &'static str {
@@ -266,69 +267,6 @@ impl Prepared {
     }
 }
 
-/// Bytes that start on a cache line, so that no 64-byte load crosses two.
-#[derive(Clone, Debug, Default)]
-struct AlignedBytes {
-    lines: Vec<Line>,
-    len: usize,
-}
-
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-impl AlignedBytes {
-    /// Zeros that the operating system has not yet provided: the threads that
-    /// write them first do, side by side.
-    fn zeroed(len: usize) -> Self {
-        let n = len.div_ceil(64);
-        if n == 0 {
-            return Self::default();
-        }
-        let Ok(layout) = std::alloc::Layout::array::<Line>(n) else {
-            panic!("{len} bytes are more than an address space");
-        };
-        // SAFETY: the layout has a size, `n` lines of 64. Zeroed bytes are
-        // initialized lines, and the memory comes from the allocator of `Vec`,
-        // with the layout that it will be freed with.
-        let lines = unsafe {
-            let lines = std::alloc::alloc_zeroed(layout);
-            if lines.is_null() {
-                std::alloc::handle_alloc_error(layout);
-            }
-            Vec::from_raw_parts(lines.cast::<Line>(), n, n)
-        };
-        Self { lines, len }
-    }
-
-    /// Keeps what fits of the old content; the rest is zero or old.
-    fn resize(&mut self, len: usize) {
-        self.lines.resize(len.div_ceil(64), Line([0; 64]));
-        self.len = len;
-    }
-
-    fn as_slice(&self) -> &[u8] {
-        // SAFETY: `lines` is an initialized array of plain bytes, at least
-        // `len` long by construction.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
-    }
-
-    fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `&mut self` makes the borrow unique.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
-    }
-
-    fn as_i8(&self) -> &[i8] {
-        // SAFETY: as in `as_slice`; every byte is an i8.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
-    }
-
-    fn as_mut_i8(&mut self) -> &mut [i8] {
-        // SAFETY: as in `as_mut_slice`; every byte is an i8, and every i8 a byte.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
-    }
-}
-
 /// Writes to every page: one that never was is the same page of zeros as all
 /// others, and reading it is reading a cache.
 fn touch(bytes: &mut AlignedBytes, team: &Team) {
@@ -431,7 +369,7 @@ impl PackedMatrix {
     /// Bytes in memory, all of which a GEMV reads.
     #[must_use]
     pub fn n_bytes(&self) -> usize {
-        self.bytes.len
+        self.bytes.len()
     }
 
     /// The kernels that read it.

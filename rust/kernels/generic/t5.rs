@@ -280,8 +280,39 @@ impl Kernel for GenericT5 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::{Kernels, available, multiply};
     use super::*;
+    use crate::cpu::Isa;
     use crate::levels::Levels;
+    use crate::threads::Team;
+
+    /// Sums as large as they become, at widths around those of a block and of
+    /// the two and four blocks after which kernels widen: weights of one sign,
+    /// activations at the ends of int8, everywhere and in one field of five.
+    #[test]
+    fn kernels_keep_their_bounds() {
+        let isa = Isa::best().unwrap();
+        let team = Team::new(Some(1)).unwrap();
+        for cols in [16, 80, 319, 320, 321, 639, 640, 641, 960, 1279, 1280, 1281, 2560, 6912] {
+            for (t, field) in (0..2 * (FIELDS + 1)).map(|i| (i as i8 % 2 * 2 - 1, i / 2)) {
+                let trits = vec![t; 5 * cols];
+                let w = LevelMatrix::new(&trits, 5, cols, 1.0, Levels::TERNARY).unwrap();
+                let low = |c: usize| field == FIELDS || c / BLOCK_BYTES % FIELDS == field;
+                let q: Vec<i8> = (0..cols).map(|c| if low(c) { -128 } else { 127 }).collect();
+                let sum: i32 = q.iter().map(|&q| i32::from(t) * i32::from(q)).sum();
+                let xs = vec![Prepared::from_values(&q, 1.0); 7];
+                for kernel in available(isa).into_iter().filter(|k| k.layout().name() == "t5") {
+                    let packed = PackedMatrix::pack(Kernels::of(kernel), w, &team).unwrap();
+                    for n in [1, 2, 7] {
+                        let mut y = vec![0.0; n * 5];
+                        team.run(|| multiply(&team, &xs[..n], [(&packed, &mut y)])).unwrap();
+                        let name = kernel.name();
+                        assert!(y.iter().all(|y| *y == sum as f32), "{name}: {n} x {cols}");
+                    }
+                }
+            }
+        }
+    }
 
     /// All patterns of five trits.
     fn patterns() -> impl Iterator<Item = [i8; FIELDS]> {
