@@ -382,7 +382,6 @@ impl PyPackedMatrix {
         values: PyReadonlyArray2<'_, i8>,
         scale: f32,
         kernel: &str,
-        levels: Option<Vec<i8>>,
         threads: usize,
         levels: Option<Vec<i8>>,
     ) -> PyResult<Self> {

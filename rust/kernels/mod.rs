@@ -468,33 +468,17 @@ pub fn available_for(isa: Isa, levels: Levels) -> Vec<&'static dyn Kernel> {
     kernels.iter().filter(|(needs, _)| *needs <= isa).map(|(_, kernel)| kernel.as_ref()).collect()
 }
 
-/// The ternary kernel called `name`, or the fastest one.
+/// The kernel called `name`, or the fastest one.
 ///
 /// # Errors
 /// A name that is not in [`available`].
 pub fn by_name(isa: Isa, name: Option<&str>) -> Result<&'static dyn Kernel, Error> {
-    by_name_for(isa, Levels::TERNARY, name)
-}
-
-/// The same for a matrix of any levels.
-///
-/// # Errors
-/// A name that is not in [`available_for`] these levels.
-pub fn by_name_for(
-    isa: Isa,
-    levels: Levels,
-    name: Option<&str>,
-) -> Result<&'static dyn Kernel, Error> {
-    let kernels = available_for(isa, levels);
+    let kernels = available(isa);
     match name {
         None => Ok(kernels[0]),
         Some(name) => kernels.iter().find(|k| k.name() == name).copied().ok_or_else(|| {
             let names: Vec<_> = kernels.iter().map(|k| k.name()).collect();
-            let of = match levels {
-                Levels::TERNARY => String::new(),
-                levels => format!(" for the levels {:?}", levels.values()),
-            };
-            invalid!("unknown kernel {name:?}; this machine has {}{of}", names.join(", "))
+            invalid!("unknown kernel {name:?}; this machine has {}", names.join(", "))
         }),
     }
 }

@@ -1,5 +1,5 @@
 //! TL1: two trits in a nibble, 2 bits a weight. The plain ternary instance of
-//! [`elut`](super::elut), with nine of the sixteen entries in use.
+//! [`Elut`], with nine of the sixteen entries in use.
 //!
 //! Patterns have the numbers of bitnet.cpp (-1, -1 is 0; 1, 1 is 8). Its files
 //! are something else: they order the nibbles by tile sizes that were compiled

@@ -1,5 +1,5 @@
 //! TL2: three trits in a nibble and a sign bit, 1.67 bits a weight. The
-//! mirrored ternary instance of [`elut`](super::elut), with fourteen of the
+//! mirrored ternary instance of [`Elut`], with fourteen of the
 //! sixteen entries in use. What does not fill a block of 24 columns is TL1.
 //!
 //! Patterns have the index and sign of bitnet.cpp (0, 0, 0 is 0; 1, 1, 1 is 13,
