@@ -26,21 +26,22 @@
 //!
 //! That is 27 instructions for 160 weights and one for widening. Zen 3 has four
 //! pipes, and independent instructions of this mix keep all of them busy: 7
-//! cycles, 23 weights a cycle. Measured from cache: 19 (60 Gweights/s at 3.2
-//! GHz). What is missing is reach: a register passes through 12 instructions
-//! one after the other, so that three registers must be under way at once, and
-//! the schedulers hold 64 instructions, ready or not. Two things help, and cost
-//! two stores: four blocks of a row are decoded into L1 before the first of
-//! them is multiplied (without: 58), and activations are operands in memory. As
-//! registers that four rows share they are spilt (55).
+//! cycles, 23 weights a cycle. Measured: 18 (58 Gweights/s at 3.2 GHz) from
+//! cache, 17 from memory. What is missing is reach: a register passes through
+//! 12 instructions one after the other, so that three registers must be under
+//! way at once, and the schedulers hold 64 instructions, ready or not. Two
+//! things help, and cost two stores: four blocks of a row are decoded into L1
+//! before the first of them is multiplied (6 % faster), and activations are
+//! operands in memory. As registers that four rows share, they are spilt (5 %
+//! slower).
 //!
 //! Tried without gain: a row from end to end, windows of two blocks, a decoder
-//! that runs one register ahead (it spills: 50). Bits 7:4 are
+//! that runs one register ahead (it spills, and loses 15 %). Bits 7:4 are
 //! `vpavgb(p >> 3 & 31, 31)`, too, one instruction less; the intrinsic is
 //! compiled to eight, and as `asm!` it brought 1.5 %.
 //!
-//! GEMM unpacks once for all tokens (`avx2_tile.rs`). Two are as fast as two
-//! GEMVs, three are a third faster.
+//! GEMM unpacks once for all tokens (`avx2_tile.rs`). Two are a little faster
+//! than two GEMVs, three by a third.
 
 use std::arch::x86_64::*;
 use std::array::from_ref;
@@ -145,8 +146,9 @@ fn dot(group: &[u8], cut: Cut, columns: &[Columns], tail_columns: &Columns) -> [
     let (windows, rest) = blocks.as_chunks::<WINDOW>();
     let (columns, rest_columns) = columns[..cut.blocks].as_chunks::<WINDOW>();
     for (blocks, columns) in windows.iter().zip(columns) {
-        prefetch(blocks.as_flattened().as_flattened());
         for i in 0..ROWS {
+            // A quarter of the window with each row.
+            prefetch(blocks[i].as_flattened());
             add_row(&decoder, &mut sums[i], blocks, i, columns);
         }
     }
