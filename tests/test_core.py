@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -480,14 +481,20 @@ def digests(folder: Path, isa: str) -> dict[str, str]:
 @pytest.mark.parametrize("model", ["bitnet-packed", "llama-packed"])
 def test_instruction_sets_change_no_bit(model: str) -> None:
     generic = digests(DATA / model, "generic")
-    assert list(generic) == ["generic-i2"]
+    assert list(generic)[-1] == "generic-i2"
+    assert all(kernel.startswith("generic-") for kernel in generic)
+    assert len(set(generic.values())) == 1
     best = digests(DATA / model, "")
     assert list(best) == KERNELS
     assert set(best.values()) == set(generic.values())
-    if "avx2" in _core.cpu_features():
-        avx2 = digests(DATA / model, "avx2")
-        assert "avx512" not in " ".join(avx2)
-        assert set(avx2.values()) == set(generic.values())
+    # Each level has the kernels below it; one that this CPU lacks is as the highest it has.
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    known = set(generic)
+    for isa in ("ssse3", "avx2", "avxvnni", "avx512") if x86 else ("neon", "dotprod"):
+        found = digests(DATA / model, isa)
+        assert known <= set(found) <= set(KERNELS)
+        assert set(found.values()) == set(generic.values())
+        known = set(found)
 
 
 FORK = """
