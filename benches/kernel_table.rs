@@ -117,12 +117,17 @@ fn main() {
     if std::env::args().any(|a| a == "--list") {
         return;
     }
+    // Other words are parts of the names of kernels to be measured.
+    let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let isa = Isa::best().expect("BITNET_RS_ISA is valid");
     let (rounds, cols, memory) =
         if test { (1, &COLS[..1], 1 << 20) } else { (7, &COLS[..], MEMORY) };
     let threads: &[usize] = &[1, 2];
     let mut cases: Vec<Case> = Vec::new();
     for kernel in available(isa) {
+        if !words.is_empty() && !words.iter().any(|word| kernel.name().contains(word)) {
+            continue;
+        }
         // Scalar kernels take minutes where others take milliseconds: one width, one thread.
         let scalar = kernel.name().starts_with("generic");
         for &cols in if scalar { &cols[..1] } else { cols } {
