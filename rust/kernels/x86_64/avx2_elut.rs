@@ -269,6 +269,7 @@ fn add_blocks_in_runs<const T: usize, const RUN: usize>(
     for from in (0..blocks.len()).step_by(span) {
         let mut sums16 = [[_mm256_setzero_si256(); 2]; T];
         for b in from..blocks.len().min(from + span) {
+            super::prefetch(&blocks[b]);
             let [p0, p1, p2, p3, signs] = load_block(&blocks[b]);
             let mut tables = [&[[0; TABLE_BYTES]; BLOCK_GROUPS]; T];
             for t in 0..T {
@@ -285,8 +286,7 @@ fn add_blocks_in_runs<const T: usize, const RUN: usize>(
             let s6 = _mm256_add_epi8(s5, s5);
             let s7 = _mm256_or_si256(_mm256_slli_epi16::<7>(signs), one);
             let mut run: Run<T> = [[_mm256_setzero_si256(); 2]; T];
-            // Written out, because the loop was not unrolled, and took a third
-            // more time.
+            // Written out, because the loop was not unrolled, and took more time.
             add_mirrored::<T, 0>(&mut run, p0, [s0, s1], tables);
             if RUN <= 1 {
                 widen(&mut sums16, &mut run, weights);
@@ -374,6 +374,7 @@ fn add_pairs_in_runs<const T: usize, const SINGLE: bool>(
         for from in (from..end).step_by(run_pairs) {
             let mut run: Run<T> = [[_mm256_setzero_si256(); 2]; T];
             for p in from..end.min(from + run_pairs) {
+                super::prefetch(&pairs[p]);
                 let indexes = split_pair(load(&pairs[p]));
                 for half in 0..2 {
                     for t in 0..T {
