@@ -15,6 +15,7 @@ pub mod floats;
 pub mod kernels;
 pub mod kv_cache;
 pub mod levels;
+mod memory;
 pub mod models;
 pub mod ops;
 pub mod ternary;

@@ -27,6 +27,7 @@ use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::kernels::{self, Kernels, PackedMatrix, Prepared, Projection};
 use crate::kv_cache::{KvCache, KvDtype};
+use crate::levels::{LevelMatrix, Levels};
 use crate::models::{
     self, ConfigMap, Dims, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit,
     Weights,
@@ -309,6 +310,12 @@ fn kernel_names() -> PyResult<Vec<&'static str>> {
 }
 
 #[pyfunction]
+fn _kernels_for(levels: Vec<i8>) -> PyResult<Vec<&'static str>> {
+    let kernels = kernels::available_for(Isa::best()?, Levels::new(&levels)?);
+    Ok(kernels.iter().map(|k| k.name()).collect())
+}
+
+#[pyfunction]
 fn cpu_features() -> PyResult<Vec<&'static str>> {
     Ok(Isa::best()?.features().to_vec())
 }
@@ -369,20 +376,26 @@ struct PyPackedMatrix {
 #[pymethods]
 impl PyPackedMatrix {
     #[new]
-    #[pyo3(signature = (values, scale, kernel, *, threads=1))]
+    #[pyo3(signature = (values, scale, kernel, *, threads=1, levels=None))]
     fn new(
         py: Python<'_>,
         values: PyReadonlyArray2<'_, i8>,
         scale: f32,
         kernel: &str,
         threads: usize,
+        levels: Option<Vec<i8>>,
     ) -> PyResult<Self> {
         let (rows, cols, values) = matrix("values", &values)?;
         let (isa, team) = (Isa::best()?, Team::new(Some(threads))?);
+        let levels = levels.map_or(Ok(Levels::TERNARY), |levels| Levels::new(&levels))?;
         let packed = py.detach(|| {
-            let kernels = Kernels::of(kernels::by_name(isa, Some(kernel))?);
-            let w = TernaryMatrix::new(values, rows, cols, scale)?;
-            team.run(|| PackedMatrix::pack(kernels, &w, &team))?
+            let w = LevelMatrix::new(values, rows, cols, scale, levels)?;
+            let kernels = kernels::available_for(isa, levels);
+            let found = kernels.iter().find(|k| k.name() == kernel).ok_or_else(|| {
+                let names: Vec<_> = kernels.iter().map(|k| k.name()).collect();
+                invalid!("unknown kernel {kernel:?}; for these levels: {}", names.join(", "))
+            })?;
+            team.run(|| PackedMatrix::pack(Kernels::of(*found), w, &team))?
         })?;
         Ok(Self { isa, team, packed })
     }
@@ -515,7 +528,7 @@ mod _core {
 
     #[pymodule_export]
     use super::{
-        _absmean, _exp, _gemm, _gemv, _rms_norm, PyKvCache, PyModel, PyPackedMatrix, cpu_features,
-        kernel_names, measure_kernels, projections, py_read_bandwidth,
+        _absmean, _exp, _gemm, _gemv, _kernels_for, _rms_norm, PyKvCache, PyModel, PyPackedMatrix,
+        cpu_features, kernel_names, measure_kernels, projections, py_read_bandwidth,
     };
 }

@@ -12,6 +12,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
+use crate::memory::AlignedBytes;
 
 /// More threads than this is a mistake, not a machine.
 const MAX_THREADS: usize = 1024;
@@ -164,25 +165,27 @@ pub fn read_bandwidth(team: &Team, isa: Isa, n_bytes: usize) -> Result<f64, Erro
     if !(1 << 20..=1 << 36).contains(&n_bytes) {
         return Err(invalid!("n_bytes is {n_bytes}; wanted 1 MiB to 64 GiB"));
     }
-    let mut memory: Vec<u64> = Vec::new();
-    memory.try_reserve_exact(n_bytes / 8).map_err(|_| {
+    let mut memory = AlignedBytes::try_zeroed(n_bytes).ok_or_else(|| {
         Error::State(format!("no memory for a buffer of {n_bytes} bytes; pass a smaller n_bytes"))
     })?;
-    memory.resize(n_bytes / 8, 1);
     team.run(|| {
+        team.split(memory.as_mut_slice(), 4096, 1, |_, part| part.fill(1));
         let mut speeds = [0f64; 7];
         for speed in &mut speeds {
             let start = std::time::Instant::now();
             // Shared out in advance, as a forward pass does, and summed so
             // that the reading cannot be optimized away.
-            team.split(&mut memory, 8, 1, |_, part| {
+            team.split(memory.as_mut_slice(), 4096, 1, |_, part| {
                 let sum = isa.vectorize(
                     #[inline(always)]
-                    || part.iter().fold(0u64, |sum, &x| sum.wrapping_add(x)),
+                    || {
+                        let (words, _) = part.as_chunks::<8>();
+                        words.iter().fold(0u64, |sum, w| sum.wrapping_add(u64::from_le_bytes(*w)))
+                    },
                 );
                 std::hint::black_box(sum);
             });
-            *speed = (n_bytes / 8 * 8) as f64 / start.elapsed().as_secs_f64() / 1e9;
+            *speed = n_bytes as f64 / start.elapsed().as_secs_f64() / 1e9;
         }
         speeds.sort_by(f64::total_cmp);
         speeds[speeds.len() / 2]

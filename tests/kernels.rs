@@ -4,7 +4,10 @@
 mod common;
 
 use bitnet_rs::cpu::Isa;
-use bitnet_rs::kernels::{Kernel, Kernels, PackedMatrix, Prepared, available, by_name, multiply};
+use bitnet_rs::kernels::{
+    Kernel, Kernels, PackedMatrix, Prepared, available, available_for, by_name, multiply,
+};
+use bitnet_rs::levels::{LevelMatrix, Levels};
 use bitnet_rs::ternary::TernaryMatrix;
 use bitnet_rs::threads::Team;
 use proptest::prelude::*;
@@ -24,6 +27,10 @@ impl Rng {
 
     fn trits(&mut self, n: usize) -> Vec<i8> {
         (0..n).map(|_| (self.next() % 3) as i8 - 1).collect()
+    }
+
+    fn one_of(&mut self, values: &[i8]) -> i8 {
+        values[(self.next() % values.len() as u64) as usize]
     }
 
     fn floats(&mut self, n: usize) -> Vec<f32> {
@@ -138,6 +145,70 @@ fn sums_at_the_bounds() {
     }
 }
 
+/// The same with activations that quantization hardly gives: -128 everywhere,
+/// for which the 16-bit bounds are stated, is reached to the last unit (weights
+/// +1 are codes 2), by each way that a kernel takes for few and many inputs.
+#[test]
+fn sums_at_the_bounds_of_int8() {
+    let mut rng = Rng(6);
+    let team = Team::new(Some(1)).unwrap();
+    let isa = Isa::best().unwrap();
+    let widths = [1280, 16, 2560, 64, 256, 320, 1024, 1281, 6912, 131_071];
+    for cols in widths.into_iter().step_by(common::one_in()) {
+        let rows = if cols > 10_000 { 4 } else { 9 };
+        let random = rng.trits(rows * cols);
+        for trits in [vec![1; rows * cols], vec![-1; rows * cols], random] {
+            let w = TernaryMatrix::new(&trits, rows, cols, 0.5).unwrap();
+            let ends =
+                (0..cols).map(|_| if rng.next().is_multiple_of(2) { -128 } else { 127 }).collect();
+            let pairs = (0..cols).map(|c| if c % 2 == 0 { -128 } else { 127 }).collect();
+            // One field in four, so that no other field makes up for it.
+            let field = |f| (0..cols).map(|c| if c / 64 % 4 == f { -128 } else { 127 }).collect();
+            let inputs: Vec<Vec<i8>> = vec![
+                vec![-128; cols],
+                vec![127; cols],
+                ends,
+                pairs,
+                field(0),
+                field(1),
+                field(2),
+                field(3),
+            ];
+            let right: Vec<Vec<f32>> = inputs
+                .iter()
+                .map(|q| {
+                    let sum = |r: usize| -> i64 {
+                        w.row(r).iter().zip(q).map(|(&t, &q)| i64::from(t) * i64::from(q)).sum()
+                    };
+                    (0..rows).map(|r| sum(r) as f32 / 3.0 * w.scale()).collect()
+                })
+                .collect();
+            for kernel in available(isa) {
+                let packed = PackedMatrix::pack(Kernels::of(kernel), &w, &team).unwrap();
+                for n in [1, 2, 3, 4, 5, 6, 8, 13, 70] {
+                    if n > 13 && cols > 10_000 {
+                        continue; // slow, and 13 inputs take the same way
+                    }
+                    let input = |t: usize| (t + n) % inputs.len();
+                    let xs: Vec<Prepared> = (0..n)
+                        .map(|t| {
+                            let mut x = Prepared::from_values(&inputs[input(t)], 3.0);
+                            kernel.build_table(&mut x);
+                            x
+                        })
+                        .collect();
+                    let mut y = vec![f32::NAN; n * rows];
+                    multiply(&team, &xs, [(&packed, &mut y)]);
+                    for (t, y) in y.chunks_exact(rows).enumerate() {
+                        let right = &right[input(t)];
+                        assert_eq!(bits(y), bits(right), "{} {rows} x {cols}, {n}", kernel.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Packing and unpacking is the identity for every layout and shape.
 #[test]
 fn unpack_gives_the_weights_again() {
@@ -221,4 +292,145 @@ fn kernels_are_found_by_name() {
     assert!(error.contains("nope") && error.contains("generic-i2"), "{error}");
     let lowest: Vec<_> = available(Isa::GENERIC).iter().map(|k| k.name()).collect();
     assert!(lowest.iter().all(|name| name.starts_with("generic-")), "{lowest:?}");
+}
+
+/// Levels of all kinds: symmetric and not, with zero and without, large.
+const LEVELS: [&[i8]; 14] = [
+    &[-1, 1],
+    &[0, 1],
+    &[-127, 127],
+    &[-1, 0, 1],
+    &[-5, 0, 5],
+    &[0, 1, 2],
+    &[-31, -1, 7],
+    &[-3, -1, 1, 3],
+    &[-2, -1, 0, 1],
+    &[-2, -1, 0, 1, 2],
+    &[-15, -3, 0, 3, 15],
+    &[-2, -1, 0, 1, 2, 3],
+    &[-7, -5, -3, -1, 1, 3, 5, 7],
+    &[-127, -64, -8, -1, 0, 63, 100, 127],
+];
+
+/// Every kernel of a matrix of levels against the definition, for quantized
+/// inputs of all int8 values.
+fn check_levels(w: LevelMatrix<'_>, inputs: &[Vec<i8>], threads: usize) {
+    let team = Team::new(Some(threads)).unwrap();
+    let divisor = 3.7f32;
+    let mut right = Vec::new();
+    for q in inputs {
+        for r in 0..w.rows() {
+            let products = w.row(r).iter().zip(q).map(|(&v, &q)| i64::from(v) * i64::from(q));
+            right.push(products.sum::<i64>() as f32 / divisor * w.scale());
+        }
+    }
+    for kernel in available_for(Isa::best().unwrap(), w.levels()) {
+        let y = team
+            .run(|| {
+                let packed = PackedMatrix::pack(Kernels::of(kernel), w, &team).unwrap();
+                let xs: Vec<Prepared> = (inputs.iter())
+                    .map(|q| {
+                        let mut x = Prepared::from_values(q, divisor);
+                        kernel.build_table(&mut x);
+                        x
+                    })
+                    .collect();
+                let mut y = vec![f32::NAN; right.len()];
+                multiply(&team, &xs, [(&packed, &mut y)]);
+                y
+            })
+            .unwrap();
+        let (name, layout) = (kernel.name(), kernel.layout().name());
+        let (rows, cols, n) = (w.rows(), w.cols(), inputs.len());
+        assert_eq!(bits(&y), bits(&right), "{name} on {layout}: {rows} x {cols}, {n} inputs");
+    }
+}
+
+fn any_levels() -> impl Strategy<Value = Levels> {
+    let random = prop::collection::btree_set(-127i8..=127, 2..=8)
+        .prop_map(|set| set.into_iter().collect::<Vec<_>>());
+    // Opposites of a few magnitudes, with zero or without.
+    let symmetric =
+        (prop::collection::btree_set(1i8..=127, 1..=4), any::<bool>()).prop_map(|(half, zero)| {
+            let zero = (zero && half.len() < 4).then_some(0);
+            half.iter().map(|v| -v).chain(zero).chain(half.iter().copied()).collect::<Vec<_>>()
+        });
+    let known = prop::sample::select(&LEVELS[..]).prop_map(<[i8]>::to_vec);
+    prop_oneof![known, random, symmetric].prop_map(|values| Levels::new(&values).unwrap())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 192 / common::one_in() as u32,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn kernels_of_all_levels_give_the_bits_of_the_definition(
+        levels in any_levels(),
+        rows in prop_oneof![1usize..100, Just(128), Just(160)],
+        cols in prop_oneof![1usize..100, 1usize..1000],
+        inputs in prop_oneof![Just(1usize), 1usize..16],
+        threads in 1usize..3,
+        seed: u64,
+    ) {
+        let mut rng = Rng(seed);
+        let values: Vec<i8> = (0..rows * cols).map(|_| rng.one_of(levels.values())).collect();
+        let w = LevelMatrix::new(&values, rows, cols, 0.731, levels).unwrap();
+        let inputs: Vec<Vec<i8>> =
+            (0..inputs).map(|_| (0..cols).map(|_| rng.next() as i8).collect()).collect();
+        check_levels(w, &inputs, threads);
+        let team = Team::new(Some(1)).unwrap();
+        for kernel in available_for(Isa::best().unwrap(), levels) {
+            let packed = PackedMatrix::pack(Kernels::of(kernel), w, &team).unwrap();
+            prop_assert!(packed.unpack() == values, "{}", kernel.layout().name());
+        }
+    }
+}
+
+/// Sums at the bounds of every width: all weights the level of the largest
+/// magnitude, all activations at an end of int8, so that every entry, every run
+/// of digits and every int16 sum is as large as it can become.
+#[test]
+fn sums_of_levels_at_the_bounds() {
+    for values in LEVELS {
+        let levels = Levels::new(values).unwrap();
+        let most = ((1usize << 24) - 1) / (128 * levels.max_abs() as usize);
+        for cols in [7, 48, 96, 1032, 6912.min(most), most.min(43_690)] {
+            for level in [values[0], values[values.len() - 1]] {
+                let weights = vec![level; 3 * cols];
+                let w = LevelMatrix::new(&weights, 3, cols, 1.0, levels).unwrap();
+                let alternating = (0..cols).map(|c| if c % 2 == 0 { 127 } else { -128 });
+                let inputs = [vec![-128; cols], vec![127; cols], alternating.collect()];
+                check_levels(w, &inputs[..1], 1);
+                check_levels(w, &inputs, 1);
+            }
+        }
+    }
+}
+
+/// A matrix of levels has kernels and layouts of its own, made once.
+#[test]
+fn levels_have_their_kernels() {
+    let isa = Isa::best().unwrap();
+    let names = |levels, isa| -> Vec<_> {
+        available_for(isa, levels).iter().map(|k| (k.name(), k.layout().name())).collect()
+    };
+    let ternary: Vec<_> = available(isa).iter().map(|k| (k.name(), k.layout().name())).collect();
+    assert_eq!(names(Levels::TERNARY, isa), ternary);
+    let four = Levels::new(&[3, 1, -1, -3]).unwrap();
+    let found = names(four, isa);
+    assert_eq!(found.last(), Some(&("generic-elut", "elut(-3,-1,1,3)")));
+    assert_eq!(names(four, Isa::GENERIC), [("generic-elut", "elut(-3,-1,1,3)")]);
+    let again = names(four, isa);
+    assert!(found.iter().zip(&again).all(|(a, b)| std::ptr::eq(a.1, b.1)));
+
+    // Ternary kernels take no other levels, nor the other way around.
+    let team = Team::new(Some(1)).unwrap();
+    let w = LevelMatrix::new(&[3, -1], 1, 2, 1.0, four).unwrap();
+    let error = PackedMatrix::pack(Kernels::of(available(isa)[0]), w, &team).err().unwrap();
+    assert!(error.to_string().contains("[-3, -1, 1, 3]"), "{error}");
+    let w = TernaryMatrix::new(&[1, -1], 1, 2, 1.0).unwrap();
+    assert!(PackedMatrix::pack(Kernels::of(available_for(isa, four)[0]), &w, &team).is_err());
 }

@@ -4,6 +4,7 @@
 # products too, and `max` also matrix products (i8mm). Whatever is given here
 # goes to `cargo test`, in front of nothing else: `tools/test-aarch64.sh -- attention`.
 #
+# With --set-up it only fetches what it needs.
 # The environment reaches the tests (BITNET_RS_ISA); BITNET_RS_TEST_ONE_IN=1 runs
 # all cases, not the third that is enough for every level here.
 # What emulation cannot show: timing, and ARM's weak order of memory accesses.
@@ -51,6 +52,10 @@ export CC_aarch64_unknown_linux_gnu=$PWD/target/cross/bin/cc
 export AR_aarch64_unknown_linux_gnu=$PWD/target/cross/bin/ar
 export QEMU_LD_PREFIX=$debs/usr/aarch64-linux-gnu
 
+if [[ ${1:-} == --set-up ]]; then
+  "$RUSTC" --version
+  exit
+fi
 cargo test --locked --quiet --target $target --lib --tests --no-run
 export BITNET_RS_TEST_ONE_IN=${BITNET_RS_TEST_ONE_IN:-3}
 for level in cortex-a53:neon neoverse-n1:dotprod max:i8mm; do

@@ -5,7 +5,7 @@
 # where the native run with BITNET_RS_ISA would let it pass. AVX-512 is the
 # business of test-avx512-emulated.sh: this emulator has none.
 #
-# Arguments go to `cargo test`; the environment reaches the tests, of which
+# With --set-up it only fetches what it needs. Other arguments go to `cargo test`; the environment reaches the tests, of which
 # BITNET_RS_TEST_ONE_IN=1 runs all cases.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +16,9 @@ cd "$(dirname "$0")/.."
   exit 1
 }
 unpack_debs target/cross/qemu qemu-user-static
+if [[ ${1:-} == --set-up ]]; then
+  exit
+fi
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/target/cross/qemu/usr/bin/qemu-x86_64-static
 
 # Opteron_G1 ends at SSE3; Conroe has SSSE3 but no SSE4.1; Nehalem SSE4.2;

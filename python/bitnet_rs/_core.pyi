@@ -19,6 +19,7 @@ __all__ = [
     "_exp",
     "_gemm",
     "_gemv",
+    "_kernels_for",
     "_rms_norm",
     "build_profile",
     "cpu_features",
@@ -153,20 +154,27 @@ class KvCache:
 
 @final
 class _PackedMatrix:
-    """A ternary matrix in the layout of a kernel: for tests and benchmarks. Underscored: not API.
+    """A matrix in the layout of a kernel: for tests and benchmarks. Underscored: not API.
 
     Args:
-        values: Trits, shape (rows, cols).
+        values: Trits or other levels, shape (rows, cols).
         scale: Multiplies them.
-        kernel: A name from `kernels()`.
+        kernel: A name from `kernels()`, or `_kernels_for(levels)`.
         threads: Threads that multiply.
+        levels: The 2 to 8 integers from -127 to 127 that values take; -1, 0 and 1 when None.
 
     Raises:
-        ValueError: Values that are no trits, an unknown kernel, a scale that is not finite.
+        ValueError: Values that are no levels, an unknown kernel, a scale that is not finite.
     """
 
     def __new__(
-        cls, values: NDArray[np.int8], scale: float, kernel: str, *, threads: int = 1
+        cls,
+        values: NDArray[np.int8],
+        scale: float,
+        kernel: str,
+        *,
+        threads: int = 1,
+        levels: Sequence[int] | None = None,
     ) -> Self: ...
     @property
     def n_bytes(self) -> int:
@@ -177,6 +185,9 @@ class _PackedMatrix:
 
     def multiply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Quantizes the rows of `x`, shape (n, cols), and multiplies: shape (n, rows)."""
+
+def _kernels_for(levels: Sequence[int]) -> list[str]:
+    """As `kernels()`, for matrices of these levels: element-wise tables, unless they are -1, 0, 1."""
 
 # One function per op, for tests against _reference.py. Underscored: not API.
 def _gemv(

@@ -15,9 +15,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::{AlignedBytes, Kernel, Kernels, PackedMatrix, Prepared, available};
+use super::{Kernel, Kernels, PackedMatrix, Prepared, available};
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
+use crate::memory::AlignedBytes;
 use crate::ternary::MAX_COLS;
 use crate::threads::Team;
 
@@ -229,7 +230,7 @@ impl<'a> Bench<'a> {
         let (row_group, group_bytes) = (layout.row_group(), layout.group_bytes(cols));
         PackedMatrix {
             kernels: Kernels::of(kernel),
-            rows: self.buffer.len / group_bytes * row_group,
+            rows: self.buffer.len() / group_bytes * row_group,
             cols,
             scale: 1.0,
             row_group,

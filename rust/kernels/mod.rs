@@ -10,16 +10,18 @@
 //! Kernels are single-threaded. Packing and [`multiply`] split rows over a
 //! [`Team`], and nothing else here knows of threads.
 
-// Allocation of cache-line-aligned bytes below, and the entry of each kernel
-// into code compiled for an instruction set that its proof type guarantees.
+// The entry of each kernel into code compiled for an instruction set that its
+// proof type guarantees.
 #![allow(unsafe_code)]
 
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::levels::{LevelMatrix, Levels};
+use crate::memory::AlignedBytes;
 use crate::threads::Team;
 
 #[cfg(target_arch = "aarch64")]
@@ -73,8 +75,9 @@ pub trait Kernel: Send + Sync {
     /// The layout of the matrices that it multiplies.
     fn layout(&self) -> &'static dyn Layout;
 
-    /// Names the form of [`Prepared::table`] that [`prepare`](Kernel::prepare)
-    /// builds and [`gemv`](Kernel::gemv) reads; empty where there is none.
+    /// Names the form of the table in [`Prepared`] that
+    /// [`build_table`](Kernel::build_table) makes and [`gemv`](Kernel::gemv)
+    /// reads; empty where there is none.
     fn table(&self) -> &'static str {
         ""
     }
@@ -83,7 +86,11 @@ pub trait Kernel: Send + Sync {
     /// lookup table. Done once for each input.
     fn prepare(&self, isa: Isa, x: &[f32], out: &mut Prepared) {
         out.quantize(isa, x);
+        self.build_table(out);
     }
+
+    /// Builds the lookup table of quantized activations, if there is one.
+    fn build_table(&self, _x: &mut Prepared) {}
 
     /// Computes one output for each of `rows`, which start at a multiple of the
     /// layout's `row_group`.
@@ -212,6 +219,19 @@ impl Prepared {
         self.divisor = divisor;
     }
 
+    /// An input that is quantized already, for tests and tools: any int8
+    /// values, also -128, which [`quantize`](Prepared::quantize) reaches by no
+    /// more than a rounding. `divisor` turns them back into activations. A
+    /// lookup table is still to be built ([`Kernel::build_table`]).
+    #[must_use]
+    pub fn from_values(values: &[i8], divisor: f32) -> Self {
+        let mut out = Self { cols: values.len(), divisor, ..Self::default() };
+        out.values.resize(values.len().next_multiple_of(256) + 64);
+        out.values.as_mut_i8()[..values.len()].copy_from_slice(values);
+        out.sum = values.iter().map(|&q| i32::from(q)).sum();
+        out
+    }
+
     /// The quantized activations, one for each column.
     #[must_use]
     pub fn values(&self) -> &[i8] {
@@ -224,15 +244,15 @@ impl Prepared {
         self.values.as_i8()
     }
 
-    /// Room for a lookup table of `len` bytes, to be filled by `prepare`, whose
-    /// kernel's [`Kernel::table`] is `form`. The old content is kept.
+    /// Room for a lookup table of `len` bytes, to be filled by
+    /// `build_table` of a kernel whose [`Kernel::table`] is `form`. The old content is kept.
     fn table_mut(&mut self, form: &'static str, len: usize) -> &mut [u8] {
         self.table_form = form;
         self.table.resize(len);
         self.table.as_mut_slice()
     }
 
-    /// The lookup table that `prepare` built.
+    /// The lookup table that `build_table` made.
     fn table(&self) -> &[u8] {
         self.table.as_slice()
     }
@@ -244,69 +264,6 @@ impl Prepared {
     #[inline(always)]
     fn rescale(&self, acc: i32, weight_scale: f32) -> f32 {
         acc as f32 / self.divisor * weight_scale
-    }
-}
-
-/// Bytes that start on a cache line, so that no 64-byte load crosses two.
-#[derive(Clone, Debug, Default)]
-struct AlignedBytes {
-    lines: Vec<Line>,
-    len: usize,
-}
-
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-impl AlignedBytes {
-    /// Zeros that the operating system has not yet provided: the threads that
-    /// write them first do, side by side.
-    fn zeroed(len: usize) -> Self {
-        let n = len.div_ceil(64);
-        if n == 0 {
-            return Self::default();
-        }
-        let Ok(layout) = std::alloc::Layout::array::<Line>(n) else {
-            panic!("{len} bytes are more than an address space");
-        };
-        // SAFETY: the layout has a size, `n` lines of 64. Zeroed bytes are
-        // initialized lines, and the memory comes from the allocator of `Vec`,
-        // with the layout that it will be freed with.
-        let lines = unsafe {
-            let lines = std::alloc::alloc_zeroed(layout);
-            if lines.is_null() {
-                std::alloc::handle_alloc_error(layout);
-            }
-            Vec::from_raw_parts(lines.cast::<Line>(), n, n)
-        };
-        Self { lines, len }
-    }
-
-    /// Keeps what fits of the old content; the rest is zero or old.
-    fn resize(&mut self, len: usize) {
-        self.lines.resize(len.div_ceil(64), Line([0; 64]));
-        self.len = len;
-    }
-
-    fn as_slice(&self) -> &[u8] {
-        // SAFETY: `lines` is an initialized array of plain bytes, at least
-        // `len` long by construction.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
-    }
-
-    fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `&mut self` makes the borrow unique.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
-    }
-
-    fn as_i8(&self) -> &[i8] {
-        // SAFETY: as in `as_slice`; every byte is an i8.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
-    }
-
-    fn as_mut_i8(&mut self) -> &mut [i8] {
-        // SAFETY: as in `as_mut_slice`; every byte is an i8, and every i8 a byte.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 }
 
@@ -412,7 +369,7 @@ impl PackedMatrix {
     /// Bytes in memory, all of which a GEMV reads.
     #[must_use]
     pub fn n_bytes(&self) -> usize {
-        self.bytes.len
+        self.bytes.len()
     }
 
     /// The kernels that read it.
@@ -476,6 +433,39 @@ pub fn available(isa: Isa) -> Vec<&'static dyn Kernel> {
         kernels
     });
     all.iter().filter(|(needs, _)| *needs <= isa).map(|(_, kernel)| kernel.as_ref()).collect()
+}
+
+/// The kernels of `levels` that `isa` can run, fastest first; the last is
+/// scalar. For ternary levels that is [`available`]; for others the element-wise
+/// tables of the levels' own layout, such as `elut(-3,-1,1,3)`.
+///
+/// Kernels and layouts of a set of levels are made when it is first asked for,
+/// and stay: a few kilobytes for each of the sets that a process uses.
+#[must_use]
+pub fn available_for(isa: Isa, levels: Levels) -> Vec<&'static dyn Kernel> {
+    /// What there is for each set of levels, and what it needs.
+    type Sets = HashMap<Levels, &'static [(Isa, Box<dyn Kernel>)]>;
+    static ALL: Mutex<Option<Sets>> = Mutex::new(None);
+    if levels == Levels::TERNARY {
+        return available(isa);
+    }
+    // No code panics while it holds the lock, and a map is never half-made.
+    let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+    let kernels = all.get_or_insert_default().entry(levels).or_insert_with(|| {
+        let layout = generic::elut::layout(levels);
+        let mut kernels: Vec<(Isa, Box<dyn Kernel>)> = Vec::new();
+        for isa in Isa::available().into_iter().rev() {
+            #[cfg(target_arch = "x86_64")]
+            kernels.extend(x86_64::elut(isa, layout).map(|kernel| (isa, kernel)));
+            #[cfg(target_arch = "aarch64")]
+            kernels.extend(aarch64::elut(isa, layout).map(|kernel| (isa, kernel)));
+            if isa == Isa::GENERIC {
+                kernels.push((isa, generic::elut(layout)));
+            }
+        }
+        kernels.leak()
+    });
+    kernels.iter().filter(|(needs, _)| *needs <= isa).map(|(_, kernel)| kernel.as_ref()).collect()
 }
 
 /// The kernel called `name`, or the fastest one.

@@ -10,7 +10,9 @@
 //! An implementation is a proof type of `cpu.rs`, so that its methods are safe
 //! to call; [`Portable`] is the scalar definition.
 
-use crate::cpu::{Isa, Proof};
+use crate::cpu::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::Proof;
 use crate::floats::{Bf16, Element, F16, LANES};
 
 /// Sixteen float32 lanes of one instruction set.

@@ -9,23 +9,28 @@
 //! A lane grows by at most 4 * 128 * 128 = 2^16 a block, and there are at most
 //! 512 blocks (`MAX_COLS`): below 2^26.
 //!
-//! GEMM shifts and masks a field once for a tile of 4 rows x 4 tokens, so one
-//! accumulator for each pair is enough.
+//! A few inputs shift and mask a field once for a tile of 4 rows and all of
+//! them, so one accumulator for each pair is enough. More are worth unpacking
+//! the codes (`avx512_tile.rs`).
+//!
+//! Arrays are filled by loops, not by `map` and `from_fn`: a closure that is not
+//! inlined loses the instruction set, and a call saves all registers.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Cut, I2, ROWS};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
+use super::avx512_tile::{CHUNK, Codes, gemm_codes};
+use super::prefetch;
 use crate::cpu::Avx512;
 
-/// Tokens of a GEMM tile: with four rows, 16 accumulators, 4 packed and 4
-/// unpacked registers of the 32.
+/// Most tokens that a tile multiplies without unpacked codes: with four rows,
+/// 16 accumulators, 4 packed and 4 unpacked registers of the 32. By count, 64
+/// `vpdpbusd` and 28 other instructions a block, the tile of unpacked codes
+/// comes after 128 to unpack and store (a store takes two cycles on Zen 4)
+/// and pays from five tokens on.
 const TOKENS: usize = 4;
-
-/// Tokens whose activations are walked over again for every row tile: 64 of
-/// 2560 to 6912 columns stay in a 1 MB L2.
-const TOKEN_BLOCK: usize = 64;
 
 pub(super) struct Avx512I2(Avx512);
 
@@ -97,14 +102,23 @@ fn gemv(w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
 fn dot_masked(group: &[u8], x: &Prepared) -> [i32; ROWS] {
-    let masks: [__m512i; 4] = std::array::from_fn(|f| _mm512_set1_epi8((3u8 << (2 * f)) as i8));
+    let masks = [
+        _mm512_set1_epi8(0b11),
+        _mm512_set1_epi8(0b11 << 2),
+        _mm512_set1_epi8(0b11 << 4),
+        _mm512_set1_epi8((0b11u8 << 6) as i8),
+    ];
     let mut acc = [[_mm512_setzero_si512(); 4]; ROWS];
     let cut = Cut::new(x.cols);
     let q = x.padded();
     let (full, _) = group[..cut.blocks * ROWS * BLOCK_BYTES].as_chunks::<BLOCK_BYTES>();
     let (full, _) = full.as_chunks::<ROWS>();
     for (codes, q) in full.iter().zip(q.as_chunks::<BLOCK_COLS>().0) {
-        let qs: [__m512i; 4] = std::array::from_fn(|f| load_q(q, f * BLOCK_BYTES));
+        prefetch(codes.as_flattened());
+        let mut qs = [_mm512_setzero_si512(); 4];
+        for f in 0..4 {
+            qs[f] = load_q(q, f * BLOCK_BYTES);
+        }
         for i in 0..ROWS {
             let codes = load(&codes[i]);
             for f in 0..4 {
@@ -135,50 +149,111 @@ fn dot_masked(group: &[u8], x: &Prepared) -> [i32; ROWS] {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn gemm(w: &PackedMatrix, rows: Range<usize>, xs: &[Prepared], ys: &mut [&mut [f32]]) {
-    for (xs, ys) in xs.chunks(TOKEN_BLOCK).zip(ys.chunks_mut(TOKEN_BLOCK)) {
-        for first in rows.clone().step_by(ROWS) {
-            let (group, at) = (w.group(first), first - rows.start);
-            for (xs, ys) in xs.chunks(TOKENS).zip(ys.chunks_mut(TOKENS)) {
-                // A tile that hangs over the edge computes its last token again.
-                let inputs: [&Prepared; TOKENS] = std::array::from_fn(|t| &xs[t.min(xs.len() - 1)]);
-                let sums = dot_tile(group, inputs);
-                for (t, y) in ys.iter_mut().enumerate() {
-                    for (y, sums) in y[at..].iter_mut().zip(sums) {
-                        *y = inputs[t].rescale(sums[t] - inputs[t].sum, w.scale);
-                    }
+    match xs {
+        [a, b] => gemm_few(w, rows, [a, b], ys),
+        [a, b, c] => gemm_few(w, rows, [a, b, c], ys),
+        [a, b, c, d] => gemm_few(w, rows, [a, b, c, d], ys),
+        // SAFETY: `unpack` has the features of this function.
+        _ => unsafe { gemm_codes(w, rows, xs, ys, unpack) },
+    }
+}
+
+/// Up to [`TOKENS`] inputs.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn gemm_few<const T: usize>(
+    w: &PackedMatrix,
+    rows: Range<usize>,
+    xs: [&Prepared; T],
+    ys: &mut [&mut [f32]],
+) {
+    const { assert!(T <= TOKENS) };
+    for first in rows.clone().step_by(ROWS) {
+        let sums = dot_tile(w.group(first), xs);
+        for (t, y) in ys.iter_mut().enumerate() {
+            for (y, sums) in y[first - rows.start..].iter_mut().zip(sums) {
+                *y = xs[t].rescale(sums[t] - xs[t].sum, w.scale);
+            }
+        }
+    }
+}
+
+/// [`UnpackCodes`](super::avx512_tile::UnpackCodes) of this layout.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn unpack(group: &[u8], cols: usize, start: usize, out: &mut Codes) {
+    let cut = Cut::new(cols);
+    let low = _mm512_set1_epi8(3);
+    let first = start / BLOCK_COLS;
+    let full = (cut.blocks - first).min(CHUNK / BLOCK_COLS);
+    for b in 0..full {
+        for i in 0..ROWS {
+            let block = group[cut.block(first + b, i)].first_chunk().expect("a full block");
+            let mut codes = load(block);
+            let out = out[i][b * BLOCK_COLS..][..BLOCK_COLS].as_chunks_mut().0;
+            for f in 0..4 {
+                store(&mut out[f], _mm512_and_si512(codes, low));
+                codes = _mm512_srli_epi16::<2>(codes);
+            }
+        }
+    }
+    if full < CHUNK / BLOCK_COLS && cut.tail != 0 {
+        for i in 0..ROWS {
+            let out = &mut out[i][full * BLOCK_COLS..];
+            for (j, byte) in group[cut.block(cut.blocks, i)].iter().enumerate() {
+                for f in 0..4 {
+                    out[f * cut.tail + j] = byte >> (2 * f) & 3;
                 }
             }
         }
     }
 }
 
+/// Stores 64 codes.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn store(bytes: &mut [u8; 64], v: __m512i) {
+    // SAFETY: the array has the 64 bytes that are written; no alignment is needed.
+    unsafe { _mm512_storeu_si512(bytes.as_mut_ptr().cast(), v) }
+}
+
 /// Sums over codes of a tile: a field of each row is shifted and masked once
 /// for all its tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-fn dot_tile(group: &[u8], xs: [&Prepared; TOKENS]) -> [[i32; TOKENS]; ROWS] {
-    let mut acc = [[_mm512_setzero_si512(); TOKENS]; ROWS];
+fn dot_tile<const T: usize>(group: &[u8], xs: [&Prepared; T]) -> [[i32; T]; ROWS] {
     let cut = Cut::new(xs[0].cols);
-    let blocks = cut.blocks;
-    let qs: [&[i8]; TOKENS] = xs.map(Prepared::padded);
-    let full_q: [&[[i8; BLOCK_COLS]]; TOKENS] =
-        qs.map(|q| &q.as_chunks::<BLOCK_COLS>().0[..blocks]);
-    let (full, _) = group[..blocks * ROWS * BLOCK_BYTES].as_chunks::<BLOCK_BYTES>();
-    for (b, codes) in full.as_chunks::<ROWS>().0.iter().enumerate() {
-        let codes: [__m512i; ROWS] = std::array::from_fn(|i| load(&codes[i]));
-        let q: [&[i8]; TOKENS] = std::array::from_fn(|t| &full_q[t][b][..]);
-        tile_block(&mut acc, codes, q, BLOCK_BYTES);
+    let (full, tail) = group.split_at(cut.blocks * ROWS * BLOCK_BYTES);
+    let full = full.as_chunks::<{ ROWS * BLOCK_BYTES }>().0;
+    let mut q: [&[[i8; BLOCK_COLS]]; T] = [&[]; T];
+    for t in 0..T {
+        q[t] = &xs[t].padded().as_chunks().0[..full.len()];
+    }
+    let mut acc = [[_mm512_setzero_si512(); T]; ROWS];
+    for b in 0..full.len() {
+        let block = full[b].as_chunks::<BLOCK_BYTES>().0;
+        let mut codes = [_mm512_setzero_si512(); ROWS];
+        for i in 0..ROWS {
+            codes[i] = load(&block[i]);
+        }
+        let mut columns: [&[i8]; T] = [&[]; T];
+        for t in 0..T {
+            columns[t] = &q[t][b];
+        }
+        tile_block(&mut acc, codes, columns, BLOCK_BYTES);
     }
     if cut.tail != 0 {
-        let codes: [__m512i; ROWS] =
-            std::array::from_fn(|i| load_tail(&group[cut.block(blocks, i)]));
-        let q: [&[i8]; TOKENS] = std::array::from_fn(|t| &qs[t][blocks * BLOCK_COLS..]);
-        tile_block(&mut acc, codes, q, cut.tail);
+        let mut codes = [_mm512_setzero_si512(); ROWS];
+        for i in 0..ROWS {
+            codes[i] = load_tail(&tail[i * cut.tail..][..cut.tail]);
+        }
+        let mut columns: [&[i8]; T] = [&[]; T];
+        for t in 0..T {
+            columns[t] = &xs[t].padded()[cut.blocks * BLOCK_COLS..];
+        }
+        tile_block(&mut acc, codes, columns, cut.tail);
     }
-    // Loops, not `map`: a closure that is not inlined loses the instruction set.
-    let mut sums = [[0; TOKENS]; ROWS];
+    let mut sums = [[0; T]; ROWS];
     for i in 0..ROWS {
-        for t in 0..TOKENS {
+        for t in 0..T {
             sums[i][t] = _mm512_reduce_add_epi32(acc[i][t]);
         }
     }
@@ -188,21 +263,22 @@ fn dot_tile(group: &[u8], xs: [&Prepared; TOKENS]) -> [[i32; TOKENS]; ROWS] {
 /// Adds one block, whose fields are `step` columns apart.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 #[inline]
-fn tile_block(
-    acc: &mut [[__m512i; TOKENS]; ROWS],
-    codes: [__m512i; ROWS],
-    q: [&[i8]; TOKENS],
+fn tile_block<const T: usize>(
+    acc: &mut [[__m512i; T]; ROWS],
+    mut codes: [__m512i; ROWS],
+    q: [&[i8]; T],
     step: usize,
 ) {
     let low = _mm512_set1_epi8(3);
-    let shifted: [[__m512i; 4]; ROWS] = codes.map(|c| {
-        [c, _mm512_srli_epi16::<2>(c), _mm512_srli_epi16::<4>(c), _mm512_srli_epi16::<6>(c)]
-    });
     for f in 0..4 {
-        let qs: [__m512i; TOKENS] = std::array::from_fn(|t| load_q(q[t], f * step));
+        let mut qs = [_mm512_setzero_si512(); T];
+        for t in 0..T {
+            qs[t] = load_q(q[t], f * step);
+        }
         for i in 0..ROWS {
-            let field = _mm512_and_si512(shifted[i][f], low);
-            for t in 0..TOKENS {
+            let field = _mm512_and_si512(codes[i], low);
+            codes[i] = _mm512_srli_epi16::<2>(codes[i]);
+            for t in 0..T {
                 acc[i][t] = _mm512_dpbusd_epi32(acc[i][t], field, qs[t]);
             }
         }
