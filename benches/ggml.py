@@ -29,7 +29,7 @@ class _InitParams(ctypes.Structure):
     )
 
 
-def library() -> Any:
+def load() -> Any:
     """The functions of ggml-base and ggml-cpu; ImportError where they are not installed."""
     package = importlib.import_module("llama_cpp")
     folder = Path(str(package.__file__)).parent / "lib"

@@ -40,14 +40,14 @@ export BITNET_RS_TEST_ONE_IN=${BITNET_RS_TEST_ONE_IN:-9}
 # Without this, AVX-512 not detected would pass by testing less.
 export BITNET_RS_TEST_HIGHEST_ISA=avx512vbmi
 set -- --skip rounds_to_f16_half_to_even_and_saturates "$@"
-work=target/cross/avx512
-rm -rf "$work"
-mkdir -p "$work"/root/{bin,dev,proc,sys,tests,tmp} "$work/cd"
-cp "$debs/bin/busybox" "$work/root/bin/"
+out=target/cross/avx512
+rm -rf "$out"
+mkdir -p "$out"/root/{bin,dev,proc,sys,tests,tmp} "$out/cd"
+cp "$debs/bin/busybox" "$out/root/bin/"
 for test in "${tests[@]}"; do
-  strip --strip-debug -o "$work/root/tests/$(basename "${test%-*}")" "$test"
+  strip --strip-debug -o "$out/root/tests/$(basename "${test%-*}")" "$test"
 done
-ldd "${tests[@]}" | grep -o '/[^ :]*\.so[^ :]*' | sort -u | xargs -I{} cp -L --parents {} "$work/root"
+ldd "${tests[@]}" | grep -o '/[^ :]*\.so[^ :]*' | sort -u | xargs -I{} cp -L --parents {} "$out/root"
 {
   echo '#!/bin/busybox sh'
   for name in $(compgen -e | grep -E '^(BITNET_RS|PROPTEST|RUST)_'); do
@@ -70,56 +70,56 @@ echo "TESTS DONE rc=$rc"
 busybox sync
 busybox sleep 1000
 END
-} >"$work/root/init"
-chmod +x "$work/root/init"
-(cd "$work/root" && "$debs/bin/busybox" find . | "$debs/bin/busybox" cpio -o -H newc | gzip -1) >"$work/cd/initrd.gz" 2>/dev/null
+} >"$out/root/init"
+chmod +x "$out/root/init"
+(cd "$out/root" && "$debs/bin/busybox" find . | "$debs/bin/busybox" cpio -o -H newc | gzip -1) >"$out/cd/initrd.gz" 2>/dev/null
 
 # Bochs boots from media only, so a CD it is. Of what this Bochs claims to have,
 # the kernel must ignore: protection keys and compacted XSAVE, which its CPUID
 # describes so inconsistently that Linux would switch all of AVX off; and fast
 # short `rep movsb`, with which memmove() of this Linux is wrong where, as here,
 # the enhanced `rep movsb` is absent.
-cp "$debs"/boot/vmlinuz-* "$work/cd/linux"
-cp "$debs/usr/lib/ISOLINUX/isolinux.bin" "$debs/usr/lib/syslinux/modules/bios/ldlinux.c32" "$work/cd/"
-cat >"$work/cd/isolinux.cfg" <<'END'
+cp "$debs"/boot/vmlinuz-* "$out/cd/linux"
+cp "$debs/usr/lib/ISOLINUX/isolinux.bin" "$debs/usr/lib/syslinux/modules/bios/ldlinux.c32" "$out/cd/"
+cat >"$out/cd/isolinux.cfg" <<'END'
 default linux
 label linux
   kernel linux
   append initrd=initrd.gz console=ttyS0,115200 loglevel=4 mitigations=off random.trust_cpu=on panic=-1 clearcpuid=pku,xsavec,xsaves,fsrm
 END
-LD_LIBRARY_PATH=$libs "$debs/usr/bin/genisoimage" -quiet -o "$work/cd.iso" -b isolinux.bin -c boot.cat \
-  -no-emul-boot -boot-load-size 4 -boot-info-table "$work/cd"
+LD_LIBRARY_PATH=$libs "$debs/usr/bin/genisoimage" -quiet -o "$out/cd.iso" -b isolinux.bin -c boot.cat \
+  -no-emul-boot -boot-load-size 4 -boot-info-table "$out/cd"
 
-cat >"$work/bochsrc" <<END
+cat >"$out/bochsrc" <<END
 megs: 1024
 cpu: model=corei7_icelake_u, ips=100000000, ignore_bad_msrs=1, reset_on_triple_fault=0
 romimage: file=$debs/usr/share/bochs/BIOS-bochs-latest
 vgaromimage: file=$debs/usr/share/vgabios/vgabios.bin
-ata0-master: type=cdrom, path=$work/cd.iso, status=inserted
+ata0-master: type=cdrom, path=$out/cd.iso, status=inserted
 boot: cdrom
-com1: enabled=1, mode=file, dev=$work/serial.txt
+com1: enabled=1, mode=file, dev=$out/serial.txt
 display_library: term
 sound: driver=dummy
-log: $work/bochs.log
+log: $out/bochs.log
 panic: action=fatal
 END
 
 # This Bochs starts in its debugger. It takes a terminal, and dies of the pid
 # that it leaves, so that no emulator outlives this script.
-echo continue >"$work/debugger.rc"
-: >"$work/serial.txt"
+echo continue >"$out/debugger.rc"
+: >"$out/serial.txt"
 echo "booting the emulated machine (a minute or two)" >&2
 LD_LIBRARY_PATH=$libs LTDL_LIBRARY_PATH=$debs/usr/lib/x86_64-linux-gnu/bochs/plugins TERM=vt100 \
-  script -qfc "echo \$\$ >'$work/pid'; exec '$debs/usr/bin/bochs-bin' -q -f '$work/bochsrc' -rc '$work/debugger.rc'" \
-  "$work/screen.txt" </dev/null >/dev/null 2>&1 &
+  script -qfc "echo \$\$ >'$out/pid'; exec '$debs/usr/bin/bochs-bin' -q -f '$out/bochsrc' -rc '$out/debugger.rc'" \
+  "$out/screen.txt" </dev/null >/dev/null 2>&1 &
 terminal=$!
-trap 'kill "$(cat "$work/pid")" $terminal 2>/dev/null || true' EXIT
+trap 'kill "$(cat "$out/pid")" $terminal 2>/dev/null || true' EXIT
 
 # The serial line is all that comes out; it ends with the verdict, with a panic
 # of the kernel, with Bochs, or after an hour.
 timeout 3600 sed -u -n 's/\r$//; /^CPU: /,$p; /^TESTS DONE\|Kernel panic/q' \
-  < <(tail -n +1 -f -s 0.2 --pid=$terminal "$work/serial.txt") || true
-grep -q '^TESTS DONE rc=0' "$work/serial.txt" || {
-  echo "the emulated tests failed, or did not run; see serial.txt, bochs.log and screen.txt in $work" >&2
+  < <(tail -n +1 -f -s 0.2 --pid=$terminal "$out/serial.txt") || true
+grep -q '^TESTS DONE rc=0' "$out/serial.txt" || {
+  echo "the emulated tests failed, or did not run; see serial.txt, bochs.log and screen.txt in $out" >&2
   exit 1
 }
