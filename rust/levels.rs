@@ -4,7 +4,7 @@
 //! trits. Apart from `ternary.rs` because models know ternary matrices alone.
 
 use crate::error::{Error, invalid};
-use crate::ternary::TernaryMatrix;
+use crate::ternary::{TernaryMatrix, check_matrix};
 
 /// Most levels: three bits.
 pub const MAX_LEVELS: usize = 8;
@@ -93,16 +93,8 @@ impl<'a> LevelMatrix<'a> {
         levels: Levels,
     ) -> Result<Self, Error> {
         let most = ((1usize << 24) - 1) / (128 * levels.max_abs().max(1) as usize);
-        if rows == 0 || cols == 0 || cols > most {
-            return Err(invalid!(
-                "a matrix of {rows} x {cols} with levels {:?}; wanted at least one row and 1 to \
-                 {most} columns",
-                levels.values()
-            ));
-        }
-        if rows.checked_mul(cols) != Some(values.len()) {
-            return Err(invalid!("{} values for a matrix of {rows} x {cols}", values.len()));
-        }
+        let what = format!("matrix with levels {:?}", levels.values());
+        check_matrix(&what, values.len(), rows, cols, most, scale)?;
         let mut allowed = [false; 256];
         levels.values().iter().for_each(|&v| allowed[usize::from(v as u8)] = true);
         if let Some(at) = values.iter().position(|&v| !allowed[usize::from(v as u8)]) {
@@ -112,9 +104,6 @@ impl<'a> LevelMatrix<'a> {
                 values[at],
                 levels.values()
             ));
-        }
-        if !scale.is_finite() {
-            return Err(invalid!("a scale of {scale}; wanted a finite number"));
         }
         Ok(Self { values, rows, cols, scale, levels })
     }

@@ -387,10 +387,13 @@ impl PyPackedMatrix {
     ) -> PyResult<Self> {
         let (rows, cols, values) = matrix("values", &values)?;
         let (isa, team) = (Isa::best()?, Team::new(Some(threads))?);
-        let levels = levels.map_or(Ok(Levels::TERNARY), |levels| Levels::new(&levels))?;
+        let levels = levels.map(|levels| Levels::new(&levels)).transpose()?;
         let packed = py.detach(|| {
-            let w = LevelMatrix::new(values, rows, cols, scale, levels)?;
-            let kernels = kernels::available_for(isa, levels);
+            let w = match levels {
+                None => LevelMatrix::from(&TernaryMatrix::new(values, rows, cols, scale)?),
+                Some(levels) => LevelMatrix::new(values, rows, cols, scale, levels)?,
+            };
+            let kernels = kernels::available_for(isa, w.levels());
             let found = kernels.iter().find(|k| k.name() == kernel).ok_or_else(|| {
                 let names: Vec<_> = kernels.iter().map(|k| k.name()).collect();
                 invalid!("unknown kernel {kernel:?}; for these levels: {}", names.join(", "))
@@ -444,24 +447,12 @@ fn _gemm<'py>(
     x: PyReadonlyArray2<'py, f32>,
     kernel: &str,
 ) -> PyResult<Bound<'py, PyArray2<f32>>> {
-    let (rows, cols, trits) = matrix("trits", &trits)?;
-    let (n, width, x) = matrix("x", &x)?;
+    let (cols, width) = (trits.shape()[1], x.shape()[1]);
+    let packed = PyPackedMatrix::new(py, trits, scale, kernel, 1, None)?;
     if width != cols {
         return Err(invalid!("x has {width} columns; wanted {cols}").into());
     }
-    let y = py.detach(|| {
-        let m = Machine::new(Some(kernel), None, Some(1))?;
-        let matrix = TernaryMatrix::new(trits, rows, cols, scale)?;
-        let packed = PackedMatrix::pack(m.kernels, &matrix, &m.team)?;
-        let mut xs = vec![Prepared::default(); n];
-        for (x, out) in x.chunks_exact(cols).zip(&mut xs) {
-            m.kernels.for_inputs(n).prepare(m.isa, x, out);
-        }
-        let mut y = vec![0f32; n * rows];
-        kernels::multiply(&m.team, &xs, [(&packed, &mut y)]);
-        Ok::<_, Error>(y)
-    })?;
-    y.into_pyarray(py).reshape([n, rows])
+    packed.multiply(py, x)
 }
 
 #[pyfunction]

@@ -25,24 +25,13 @@ impl<'a> TernaryMatrix<'a> {
     /// [`MAX_COLS`] or more, a value other than -1, 0 and +1, a scale that is
     /// not finite.
     pub fn new(trits: &'a [i8], rows: usize, cols: usize, scale: f32) -> Result<Self, Error> {
-        if rows == 0 || cols == 0 || cols >= MAX_COLS {
-            return Err(invalid!(
-                "a ternary matrix of {rows} x {cols}; wanted at least one row and 1 to {} columns",
-                MAX_COLS - 1
-            ));
-        }
-        if rows.checked_mul(cols) != Some(trits.len()) {
-            return Err(invalid!("{} values for a ternary matrix of {rows} x {cols}", trits.len()));
-        }
+        check_matrix("ternary matrix", trits.len(), rows, cols, MAX_COLS - 1, scale)?;
         // Branch-free over a row, so that checking costs one pass at memory speed.
         for (r, row) in trits.chunks_exact(cols).enumerate() {
             if row.iter().fold(0u8, |bad, &t| bad | u8::from(!(-1..=1).contains(&t))) != 0 {
                 let found = row.iter().find(|t| !(-1..=1).contains(*t)).unwrap_or(&0);
                 return Err(invalid!("row {r} holds {found}; ternary values are -1, 0 and 1"));
             }
-        }
-        if !scale.is_finite() {
-            return Err(invalid!("a scale of {scale}; wanted a finite number"));
         }
         Ok(Self { trits, rows, cols, scale })
     }
@@ -76,6 +65,30 @@ impl<'a> TernaryMatrix<'a> {
     pub fn row(&self, r: usize) -> &'a [i8] {
         &self.trits[r * self.cols..(r + 1) * self.cols]
     }
+}
+
+/// What has to hold of `len` values that make a matrix with integer weights,
+/// `what`, of `rows` x `cols`: at least one, and at most `most` columns.
+pub(crate) fn check_matrix(
+    what: &str,
+    len: usize,
+    rows: usize,
+    cols: usize,
+    most: usize,
+    scale: f32,
+) -> Result<(), Error> {
+    if rows == 0 || cols == 0 || cols > most {
+        return Err(invalid!(
+            "a {what} of {rows} x {cols}; wanted at least one row and 1 to {most} columns"
+        ));
+    }
+    if rows.checked_mul(cols) != Some(len) {
+        return Err(invalid!("{len} values for a {what} of {rows} x {cols}"));
+    }
+    if !scale.is_finite() {
+        return Err(invalid!("a scale of {scale}; wanted a finite number"));
+    }
+    Ok(())
 }
 
 /// The sum of the magnitudes of a row of master weights, in float64: 16

@@ -188,10 +188,9 @@ impl<'a> Bench<'a> {
         let (mut decode_s, mut prefill_s) = (0.0, 0.0);
         for p in self.projections {
             let w = self.matrix(kernel, p.cols);
-            let mut xs = vec![Prepared::default(); BATCH];
-            for x in &mut xs {
-                kernel.prepare(self.isa, &self.x[..p.cols], x);
-            }
+            let mut x = Prepared::default();
+            kernel.prepare(self.isa, &self.x[..p.cols], &mut x);
+            let xs = vec![x; BATCH];
             for (inputs, most, total) in [
                 (1, p.rows, &mut decode_s),
                 (BATCH, BATCH_ROWS * self.team.threads(), &mut prefill_s),
