@@ -209,6 +209,35 @@ fn sums_at_the_bounds_of_int8() {
     }
 }
 
+/// The same for the five fields of t5, at widths around those of a block and of
+/// the two and four blocks after which its kernels widen.
+#[test]
+fn sums_of_five_fields_at_the_bounds() {
+    const FIELDS: usize = 5;
+    let isa = Isa::best().unwrap();
+    let team = Team::new(Some(1)).unwrap();
+    for cols in [16, 80, 319, 320, 321, 639, 640, 641, 960, 1279, 1280, 1281, 2560, 6912] {
+        for (t, field) in (0..2 * (FIELDS + 1)).map(|i| (i as i8 % 2 * 2 - 1, i / 2)) {
+            let trits = vec![t; 5 * cols];
+            let w = TernaryMatrix::new(&trits, 5, cols, 1.0).unwrap();
+            // In one field of five, or everywhere.
+            let low = |c: usize| field == FIELDS || c / 64 % FIELDS == field;
+            let q: Vec<i8> = (0..cols).map(|c| if low(c) { -128 } else { 127 }).collect();
+            let sum: i32 = q.iter().map(|&q| i32::from(t) * i32::from(q)).sum();
+            let xs = vec![Prepared::from_values(&q, 1.0); 7];
+            for kernel in available(isa).into_iter().filter(|k| k.layout().name() == "t5") {
+                let packed = PackedMatrix::pack(Kernels::of(kernel), &w, &team).unwrap();
+                for n in [1, 2, 7] {
+                    let mut y = vec![0.0; n * 5];
+                    team.run(|| multiply(&team, &xs[..n], [(&packed, &mut y)])).unwrap();
+                    let name = kernel.name();
+                    assert!(y.iter().all(|y| *y == sum as f32), "{name}: {n} x {cols}");
+                }
+            }
+        }
+    }
+}
+
 /// Packing and unpacking is the identity for every layout and shape.
 #[test]
 fn unpack_gives_the_weights_again() {

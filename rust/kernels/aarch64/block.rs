@@ -1,6 +1,7 @@
 //! How a GEMV walks over four interleaved rows, in either of the two layouts
 //! of 64-byte blocks.
 
+use super::super::generic::blocks::BLOCK_BYTES;
 use super::tile::{ROWS, STEP};
 
 /// One block of each row, in registers of 16 bytes, and the activations that
@@ -16,20 +17,17 @@ pub(super) struct Block<'a, const FIELDS: usize> {
 }
 
 impl<'a, const FIELDS: usize> Block<'a, FIELDS> {
-    /// Bytes of one row in all blocks but the last.
-    const BYTES: usize = 64;
-
     /// Block `b` of a row group, which has `bytes` bytes for each row.
     #[inline(always)]
     pub(super) fn new(group: &'a [u8], q: &'a [i8], b: usize, bytes: usize) -> Self {
         let registers = bytes / STEP;
         let mut rows = [&[][..]; ROWS];
-        let mut rest = group[b * ROWS * Self::BYTES..].as_chunks().0;
+        let mut rest = group[b * ROWS * BLOCK_BYTES..].as_chunks().0;
         for row in &mut rows {
             (*row, rest) = rest.split_at(registers);
         }
         let mut qs = [&[][..]; FIELDS];
-        let mut rest = q[b * FIELDS * Self::BYTES..].as_chunks().0;
+        let mut rest = q[b * FIELDS * BLOCK_BYTES..].as_chunks().0;
         for q in &mut qs {
             (*q, rest) = rest.split_at(registers);
         }

@@ -25,7 +25,8 @@
 use std::arch::aarch64::*;
 use std::ops::Range;
 
-use super::super::generic::i2::{Cut, I2, ROWS};
+use super::super::generic::blocks::ROWS;
+use super::super::generic::i2::{Cut, I2};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::block::Block;
 use super::dotprod_tile::{add_run, sdot};

@@ -23,7 +23,8 @@
 use std::arch::aarch64::*;
 use std::ops::Range;
 
-use super::super::generic::t5::{Cut, FIELDS, ROWS, T5};
+use super::super::generic::blocks::ROWS;
+use super::super::generic::t5::{Cut, FIELDS, T5};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::block::Block;
 use super::dotprod_tile::{add_run, sdot};

@@ -32,7 +32,8 @@
 use std::arch::aarch64::*;
 use std::ops::Range;
 
-use super::super::generic::t5::{BLOCK_COLS, Cut, FIELDS, ROWS, T5, TRITS};
+use super::super::generic::blocks::ROWS;
+use super::super::generic::t5::{BLOCK_COLS, Cut, FIELDS, T5, TRITS};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::block::Block;
 use super::neon_tile::{add_halves, add_run, load, load_i8, reduce, store_i8, widen};

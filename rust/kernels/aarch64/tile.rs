@@ -18,15 +18,14 @@
 
 use std::ops::Range;
 
+/// Rows that layouts interleave are those that a tile multiplies together.
+pub(super) use super::super::generic::blocks::ROWS;
 use super::super::{PackedMatrix, Prepared};
 
 /// Columns that are unpacked together: a common multiple of the 256 columns of
 /// an i2 block and the 320 of a t5 block. 30 KB of L1 hold all that a chunk
 /// needs, of 32 on the smallest cores.
 pub(super) const CHUNK: usize = 1280;
-
-/// Rows that layouts interleave.
-pub(super) const ROWS: usize = 4;
 
 /// Columns of one register.
 pub(super) const STEP: usize = 16;

@@ -1,19 +1,10 @@
 //! i2: two bits a weight. The layout, which all instruction sets share, and
 //! the scalar kernel that defines the result.
 //!
-//! A row is cut into blocks of 256 columns, each 64 bytes. Byte `j` of a block
-//! holds columns `j`, `64 + j`, `128 + j` and `192 + j` in its bits 0-1, 2-3,
-//! 4-5 and 6-7, as codes `t + 1`. So one 64-byte register, masked or shifted,
-//! meets four contiguous runs of activations, which need no rearranging.
-//!
-//! What is left over (`cols % 256`) is one shorter block of the same form:
-//! `tail` bytes, with fields `tail` columns apart. `tail` is a multiple of 16,
-//! so that K = 3200 or 8640 waste nothing and K = 5460 eleven bytes a row.
-//!
-//! Four rows are interleaved, block by block: a kernel that multiplies them
-//! together then reads memory in one stream from beginning to end. Read as
-//! four streams, rows apart, the same bytes came half as fast (Zen 4: 16
-//! instead of 28 GB/s on one thread).
+//! A byte holds four columns in its bits 0-1, 2-3, 4-5 and 6-7, as codes
+//! `t + 1`; which four, and how rows are cut up and interleaved, is in
+//! [blocks](super::blocks). K = 3200 and 8640 waste nothing, K = 5460 eleven
+//! bytes a row.
 //!
 //! Sums run over codes: `sum(q * t) = sum(q * code) - sum(q)`. Padding has
 //! `q = 0`, so its code does not matter.
@@ -21,42 +12,17 @@
 use std::ops::Range;
 
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
+use super::blocks::{self, BLOCK_BYTES, ROWS};
 use crate::levels::LevelMatrix;
 
-/// Columns and bytes of a full block of one row.
-pub(in super::super) const BLOCK_COLS: usize = 256;
-pub(in super::super) const BLOCK_BYTES: usize = 64;
+/// Weights of a byte.
+pub(in super::super) const FIELDS: usize = 4;
 
-/// Interleaved rows.
-pub(in super::super) const ROWS: usize = 4;
+/// Columns of a full block of one row.
+pub(in super::super) const BLOCK_COLS: usize = FIELDS * BLOCK_BYTES;
 
-/// How a row of a given width is cut up.
-#[derive(Clone, Copy)]
-pub(in super::super) struct Cut {
-    /// Full blocks.
-    pub(in super::super) blocks: usize,
-    /// Bytes of the last, shorter block; 0 if there is none.
-    pub(in super::super) tail: usize,
-}
-
-impl Cut {
-    pub(in super::super) fn new(cols: usize) -> Self {
-        let tail = (cols % BLOCK_COLS).div_ceil(4).next_multiple_of(16);
-        Self { blocks: cols / BLOCK_COLS, tail }
-    }
-
-    /// Bytes of four interleaved rows.
-    pub(in super::super) fn group_bytes(self) -> usize {
-        ROWS * (self.blocks * BLOCK_BYTES + self.tail)
-    }
-
-    /// Where block `b` of row `i` of a group stands; block `blocks` is the tail.
-    pub(in super::super) fn block(self, b: usize, i: usize) -> Range<usize> {
-        let bytes = if b < self.blocks { BLOCK_BYTES } else { self.tail };
-        let start = b * ROWS * BLOCK_BYTES + i * bytes;
-        start..start + bytes
-    }
-}
+/// How rows are cut up.
+pub(in super::super) type Cut = blocks::Cut<FIELDS>;
 
 /// The layout of every i2 kernel.
 pub(in super::super) struct I2;
@@ -75,33 +41,11 @@ impl Layout for I2 {
     }
 
     fn pack(&self, w: &LevelMatrix<'_>, first: usize, out: &mut [u8]) {
-        let cut = Cut::new(w.cols());
-        for i in 0..ROWS.min(w.rows() - first) {
-            let (full, tail) = w.row(first + i).as_chunks::<BLOCK_COLS>();
-            for (b, cols) in full.iter().enumerate() {
-                pack_block(cols, &mut out[cut.block(b, i)]);
-            }
-            if !tail.is_empty() {
-                let mut padded = [0i8; BLOCK_COLS];
-                padded[..tail.len()].copy_from_slice(tail);
-                let out = &mut out[cut.block(cut.blocks, i)];
-                pack_block(&padded[..4 * out.len()], out);
-            }
-        }
+        Cut::pack(w, first, out, pack_block);
     }
 
     fn unpack(&self, group: &[u8], cols: usize, out: &mut [i8]) {
-        let cut = Cut::new(cols);
-        for (i, row) in out.chunks_exact_mut(cols).enumerate() {
-            for (b, row) in row.chunks_mut(BLOCK_COLS).enumerate() {
-                let block = &group[cut.block(b, i)];
-                for (field, row) in row.chunks_mut(block.len()).enumerate() {
-                    for (t, byte) in row.iter_mut().zip(block) {
-                        *t = (byte >> (2 * field) & 3) as i8 - 1;
-                    }
-                }
-            }
-        }
+        Cut::unpack(group, cols, out, |byte, field| (byte >> (2 * field) & 3) as i8 - 1);
     }
 }
 

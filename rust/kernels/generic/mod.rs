@@ -1,6 +1,7 @@
 //! Scalar kernels, one file per format. They are the definitions: every other
 //! kernel is tested for equal bits against them.
 
+pub(super) mod blocks;
 pub(super) mod elut;
 pub(super) mod i2;
 pub(super) mod t5;

@@ -1,11 +1,8 @@
 //! t5: five trits a byte, 1.6 bits a weight. The layout, which all instruction
 //! sets share, and the scalar kernel that defines the result.
 //!
-//! A row is cut into blocks of 320 columns, each 64 bytes. Byte `j` of a block
-//! holds columns `j`, `64 + j`, `128 + j`, `192 + j` and `256 + j`, here called
-//! a, b, c, d and e. What is left over (`cols % 320`) is one shorter block of
-//! the same form: `tail` bytes, with fields `tail` columns apart, `tail` a
-//! multiple of 16. Four rows are interleaved, block by block, as in i2.
+//! A byte holds five columns, here called a, b, c, d and e; which five, and how
+//! rows are cut up and interleaved, is in [blocks](super::blocks).
 //!
 //! The code of a byte is a *mirror code*. The 243 patterns of five trits are
 //! zero and 121 pairs of opposites; bit 7 tells opposites apart (set, it
@@ -38,45 +35,17 @@
 use std::ops::Range;
 
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
+use super::blocks::{self, BLOCK_BYTES, ROWS};
 use crate::levels::LevelMatrix;
-
-/// Columns and bytes of a full block of one row.
-pub(in super::super) const BLOCK_COLS: usize = FIELDS * BLOCK_BYTES;
-pub(in super::super) const BLOCK_BYTES: usize = 64;
 
 /// Trits of a byte.
 pub(in super::super) const FIELDS: usize = 5;
 
-/// Interleaved rows.
-pub(in super::super) const ROWS: usize = 4;
+/// Columns of a full block of one row.
+pub(in super::super) const BLOCK_COLS: usize = FIELDS * BLOCK_BYTES;
 
-/// How a row of a given width is cut up.
-#[derive(Clone, Copy)]
-pub(in super::super) struct Cut {
-    /// Full blocks.
-    pub(in super::super) blocks: usize,
-    /// Bytes of the last, shorter block; 0 if there is none.
-    pub(in super::super) tail: usize,
-}
-
-impl Cut {
-    pub(in super::super) fn new(cols: usize) -> Self {
-        let tail = (cols % BLOCK_COLS).div_ceil(FIELDS).next_multiple_of(16);
-        Self { blocks: cols / BLOCK_COLS, tail }
-    }
-
-    /// Bytes of four interleaved rows.
-    pub(in super::super) fn group_bytes(self) -> usize {
-        ROWS * (self.blocks * BLOCK_BYTES + self.tail)
-    }
-
-    /// Where block `b` of row `i` of a group stands; block `blocks` is the tail.
-    pub(in super::super) fn block(self, b: usize, i: usize) -> Range<usize> {
-        let bytes = if b < self.blocks { BLOCK_BYTES } else { self.tail };
-        let start = b * ROWS * BLOCK_BYTES + i * bytes;
-        start..start + bytes
-    }
-}
+/// How rows are cut up.
+pub(in super::super) type Cut = blocks::Cut<FIELDS>;
 
 /// The bit that negates all trits of a byte.
 pub(in super::super) const SIGN: u8 = 0x80;
@@ -206,39 +175,17 @@ impl Layout for T5 {
     }
 
     fn pack(&self, w: &LevelMatrix<'_>, first: usize, out: &mut [u8]) {
-        let cut = Cut::new(w.cols());
-        for i in 0..ROWS.min(w.rows() - first) {
-            let (full, tail) = w.row(first + i).as_chunks::<BLOCK_COLS>();
-            for (b, cols) in full.iter().enumerate() {
-                pack_block(cols, &mut out[cut.block(b, i)]);
-            }
-            if !tail.is_empty() {
-                let mut padded = [0i8; BLOCK_COLS];
-                padded[..tail.len()].copy_from_slice(tail);
-                pack_block(&padded, &mut out[cut.block(cut.blocks, i)]);
-            }
-        }
+        Cut::pack(w, first, out, pack_block);
     }
 
     fn unpack(&self, group: &[u8], cols: usize, out: &mut [i8]) {
-        let cut = Cut::new(cols);
-        for (i, row) in out.chunks_exact_mut(cols).enumerate() {
-            for (b, row) in row.chunks_mut(BLOCK_COLS).enumerate() {
-                let block = &group[cut.block(b, i)];
-                for (field, row) in row.chunks_mut(block.len()).enumerate() {
-                    for (t, &byte) in row.iter_mut().zip(block) {
-                        *t = TRITS[usize::from(byte)][field];
-                    }
-                }
-            }
-        }
+        Cut::unpack(group, cols, out, |byte, field| TRITS[usize::from(byte)][field]);
     }
 }
 
 /// Five fields of `out.len()` columns each.
 fn pack_block(cols: &[i8], out: &mut [u8]) {
     let n = out.len();
-    let cols = &cols[..FIELDS * n];
     for (j, byte) in out.iter_mut().enumerate() {
         let [a, b, c, d, e] = [0, 1, 2, 3, 4].map(|field| cols[field * n + j]);
         *byte = BYTES[number([a, b, c, d, e])];
@@ -280,39 +227,8 @@ impl Kernel for GenericT5 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::{Kernels, available, multiply};
     use super::*;
-    use crate::cpu::Isa;
     use crate::levels::Levels;
-    use crate::threads::Team;
-
-    /// Sums as large as they become, at widths around those of a block and of
-    /// the two and four blocks after which kernels widen: weights of one sign,
-    /// activations at the ends of int8, everywhere and in one field of five.
-    #[test]
-    fn kernels_keep_their_bounds() {
-        let isa = Isa::best().unwrap();
-        let team = Team::new(Some(1)).unwrap();
-        for cols in [16, 80, 319, 320, 321, 639, 640, 641, 960, 1279, 1280, 1281, 2560, 6912] {
-            for (t, field) in (0..2 * (FIELDS + 1)).map(|i| (i as i8 % 2 * 2 - 1, i / 2)) {
-                let trits = vec![t; 5 * cols];
-                let w = LevelMatrix::new(&trits, 5, cols, 1.0, Levels::TERNARY).unwrap();
-                let low = |c: usize| field == FIELDS || c / BLOCK_BYTES % FIELDS == field;
-                let q: Vec<i8> = (0..cols).map(|c| if low(c) { -128 } else { 127 }).collect();
-                let sum: i32 = q.iter().map(|&q| i32::from(t) * i32::from(q)).sum();
-                let xs = vec![Prepared::from_values(&q, 1.0); 7];
-                for kernel in available(isa).into_iter().filter(|k| k.layout().name() == "t5") {
-                    let packed = PackedMatrix::pack(Kernels::of(kernel), w, &team).unwrap();
-                    for n in [1, 2, 7] {
-                        let mut y = vec![0.0; n * 5];
-                        team.run(|| multiply(&team, &xs[..n], [(&packed, &mut y)])).unwrap();
-                        let name = kernel.name();
-                        assert!(y.iter().all(|y| *y == sum as f32), "{name}: {n} x {cols}");
-                    }
-                }
-            }
-        }
-    }
 
     /// All patterns of five trits.
     fn patterns() -> impl Iterator<Item = [i8; FIELDS]> {

@@ -23,7 +23,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Cut, I2, ROWS};
+use super::super::generic::blocks::{BLOCK_BYTES, ROWS};
+use super::super::generic::i2::{BLOCK_COLS, Cut, I2};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::avx2_tile::{CHUNK, Codes, add_lanes, gemm_codes, load, load_i8};
 use super::prefetch;

@@ -48,7 +48,8 @@ use std::array::from_ref;
 use std::hint::black_box;
 use std::ops::Range;
 
-use super::super::generic::t5::{BLOCK_BYTES, BLOCK_COLS, Cut, FIELDS, PAIRS, ROWS, T5, TRIPLES};
+use super::super::generic::blocks::{BLOCK_BYTES, ROWS};
+use super::super::generic::t5::{BLOCK_COLS, Cut, FIELDS, PAIRS, T5, TRIPLES};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::avx2_tile::{CHUNK, Codes, add_lanes, gemm_codes, load, load_i8};
 use super::prefetch;

@@ -19,7 +19,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Cut, I2, ROWS};
+use super::super::generic::blocks::{BLOCK_BYTES, ROWS};
+use super::super::generic::i2::{BLOCK_COLS, Cut, I2};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::avx512_tile::{CHUNK, Codes, gemm_codes};
 use super::prefetch;

@@ -31,7 +31,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::generic::t5::{BLOCK_BYTES, BLOCK_COLS, Cut, FIELDS, ROWS, T5, TRITS};
+use super::super::generic::blocks::{BLOCK_BYTES, ROWS};
+use super::super::generic::t5::{BLOCK_COLS, Cut, FIELDS, T5, TRITS};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::avx512_tile::{CHUNK, Codes, gemm_codes};
 use super::prefetch;

@@ -29,7 +29,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::super::generic::i2::{BLOCK_BYTES, BLOCK_COLS, Cut, I2, ROWS};
+use super::super::generic::blocks::{BLOCK_BYTES, ROWS};
+use super::super::generic::i2::{BLOCK_COLS, Cut, I2};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::avx2_i2::unpack;
 use super::avx2_tile::{add_lanes, load, load_i8};

@@ -31,7 +31,8 @@ use std::arch::x86_64::*;
 use std::array::from_ref;
 use std::ops::Range;
 
-use super::super::generic::t5::{Cut, ROWS, T5};
+use super::super::generic::blocks::ROWS;
+use super::super::generic::t5::{Cut, T5};
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::avx2_t5::{
     Block, Columns, Decoder, WINDOW, full_columns, tail_blocks, tail_columns, unpack,

@@ -15,15 +15,14 @@
 
 use std::ops::Range;
 
+/// Rows that layouts interleave are those that a tile multiplies together.
+pub(super) use super::super::generic::blocks::ROWS;
 use super::super::{PackedMatrix, Prepared};
 
 /// Columns that are unpacked together: a common multiple of the 256 columns of
 /// an i2 block and the 320 of a t5 block. Two of them would overflow the int16
 /// sums of `avx2_tile.rs`.
 pub(super) const CHUNK: usize = 1280;
-
-/// Rows that layouts interleave, and that a tile multiplies together.
-pub(super) const ROWS: usize = 4;
 
 /// Codes `t + 1` of a row group, in the order of the columns.
 pub(super) type Codes = [[u8; CHUNK]; ROWS];
