@@ -9,6 +9,7 @@
 //!
 //! - from memory: one GEMV over 256 MiB of packed weights, more than the caches
 //! - from the cache: one GEMV over 256 KiB
+//! - element-wise tables for other levels than trits: from the cache, one width
 //! - GEMM: 512 rows, 4, 16 and 512 tokens; weights from the cache, arithmetic decides
 
 // The dot-product peak is measured by the instructions themselves, in `asm!`,
@@ -21,7 +22,10 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use bitnet_rs::cpu::Isa;
-use bitnet_rs::kernels::{Kernel, Kernels, PackedMatrix, Prepared, available, multiply};
+use bitnet_rs::kernels::{
+    Kernel, Kernels, PackedMatrix, Prepared, available, available_for, multiply,
+};
+use bitnet_rs::levels::Levels;
 use bitnet_rs::threads::{Team, read_bandwidth};
 
 /// Widths of the 2B, 3B and 8B models.
@@ -36,9 +40,20 @@ const CACHE: usize = 256 << 10;
 /// Rows of a GEMM.
 const ROWS: usize = 512;
 
+/// Levels whose tables are measured, beside the ternary ones.
+const LEVELS: [&[i8]; 5] = [
+    &[-1, 1],
+    &[-3, -1, 1, 3],
+    &[-2, -1, 0, 1, 2],
+    &[-7, -5, -3, -1, 1, 3, 5, 7],
+    &[-70, -3, 3, 70],
+];
+
 /// One thing that is measured.
 struct Case {
     what: &'static str,
+    /// The kernel's name, with the levels if they are not ternary.
+    name: String,
     kernel: &'static dyn Kernel,
     cols: usize,
     rows: usize,
@@ -88,7 +103,7 @@ impl Case {
             "{{\"what\": {:?}, \"kernel\": {:?}, \"cols\": {}, \"rows\": {}, \"tokens\": {}, \
              \"threads\": {}, \"gmac_per_s\": {:.3}, \"gb_per_s\": {:.3}}}",
             self.what,
-            self.kernel.name(),
+            self.name,
             self.cols,
             self.rows,
             self.tokens,
@@ -124,6 +139,18 @@ fn main() {
         if test { (1, &COLS[..1], 1 << 20) } else { (7, &COLS[..], MEMORY) };
     let threads: &[usize] = &[1, 2];
     let mut cases: Vec<Case> = Vec::new();
+    let case = |what, kernel: &'static dyn Kernel, name, cols, rows, tokens, threads| Case {
+        what,
+        name,
+        kernel,
+        cols,
+        rows,
+        tokens,
+        threads,
+        calls: usize::from(test),
+        seconds: Vec::new(),
+        n_bytes: 0,
+    };
     for kernel in available(isa) {
         if !words.is_empty() && !words.iter().any(|word| kernel.name().contains(word)) {
             continue;
@@ -131,29 +158,31 @@ fn main() {
         // Scalar kernels take minutes where others take milliseconds: one width, one thread.
         let scalar = kernel.name().starts_with("generic");
         for &cols in if scalar { &cols[..1] } else { cols } {
-            let mut case = |what, rows, tokens, threads| {
-                cases.push(Case {
-                    what,
-                    kernel,
-                    cols,
-                    rows,
-                    tokens,
-                    threads,
-                    calls: usize::from(test),
-                    seconds: Vec::new(),
-                    n_bytes: 0,
-                });
+            let mut add = |what, rows, tokens, threads| {
+                let name = kernel.name().to_owned();
+                cases.push(case(what, kernel, name, cols, rows, tokens, threads));
             };
-            case("gemv-cache", rows_of(kernel, cols, CACHE), 1, 1);
+            add("gemv-cache", rows_of(kernel, cols, CACHE), 1, 1);
             if scalar {
                 continue;
             }
             for &threads in threads {
-                case("gemv-memory", rows_of(kernel, cols, memory), 1, threads);
+                add("gemv-memory", rows_of(kernel, cols, memory), 1, threads);
                 for tokens in if test { vec![4] } else { vec![4, 16, 512] } {
-                    case("gemm", ROWS, tokens, threads);
+                    add("gemm", ROWS, tokens, threads);
                 }
             }
+        }
+    }
+    for levels in LEVELS {
+        let kernels = available_for(isa, Levels::new(levels).expect("levels"));
+        let kernel = kernels[0];
+        if words.is_empty() || words.iter().any(|word| kernel.name().contains(word)) {
+            let (isa, _) = kernel.name().split_once('-').expect("isa-format");
+            let name = format!("{isa}-{}", kernel.layout().name());
+            let rows = rows_of(kernel, COLS[0], CACHE);
+            cases.push(case("elut-gemv", kernel, name.clone(), COLS[0], rows, 1, 1));
+            cases.push(case("elut-gemm", kernel, name, COLS[0], ROWS, 16, 1));
         }
     }
     let mut reads = vec![Vec::new(); threads.len()];

@@ -37,6 +37,11 @@ def pick(lines: list[Line], what: str, **fields: Any) -> list[Line]:
     ]
 
 
+def ternary_kernels(lines: list[Line]) -> list[str]:
+    """Names, in the order that the core lists them."""
+    return list(dict.fromkeys(line["kernel"] for line in pick(lines, "gemv-cache")))
+
+
 def mean(lines: list[Line], key: str) -> float | None:
     """The harmonic mean over the widths: what all of them in turn come to."""
     return len(lines) / sum(1 / line[key] for line in lines) if lines else None
@@ -49,7 +54,7 @@ def number(value: float | None, digits: int = 1) -> str:
 
 def tables(lines: list[Line]) -> str:
     """The Markdown between the marks."""
-    kernels = list(dict.fromkeys(line["kernel"] for line in lines if "kernel" in line))
+    kernels = ternary_kernels(lines)
     read = {n: pick(lines, "read", threads=n)[0]["gb_per_s"] for n in (1, 2)}
     dots = pick(lines, "dot")
     peak = max((line["gmac_per_s"] for line in dots), default=None)
@@ -92,7 +97,21 @@ def tables(lines: list[Line]) -> str:
             continue
         share = f"{100 * values[2] / peak:.0f} %" if peak and values[2] else ""
         out.append(f"| {kernel} | " + " | ".join(map(number, values)) + f" | {share} |")
-    widths = sorted({line["cols"] for line in lines if "cols" in line})
+    elut = [line["kernel"] for line in pick(lines, "elut-gemv")]
+    if elut:
+        out += [
+            "",
+            "**Element-wise tables of other levels**, one thread, from the cache, 2560 columns.",
+            "",
+            "| kernel (levels) | bits a weight | GEMV, Gweights/s | 16 tokens, GMAC/s |",
+            "|---|---|---|---|",
+        ]
+    for kernel in elut:
+        (gemv,) = pick(lines, "elut-gemv", kernel=kernel)
+        bits = 8 * gemv["gb_per_s"] / gemv["gmac_per_s"]
+        gemm = mean(pick(lines, "elut-gemm", kernel=kernel), "gmac_per_s")
+        out.append(f"| {kernel} | {bits:.2f} | {number(gemv['gmac_per_s'])} | {number(gemm)} |")
+    widths = sorted({line["cols"] for line in pick(lines, "gemv-memory")})
     out += [
         "",
         "**By width**: GEMV from memory on two threads, Gweights/s.",
@@ -110,7 +129,7 @@ def tables(lines: list[Line]) -> str:
 
 def chart(lines: list[Line]) -> str:
     """GEMV from memory on two threads, and GEMM of 512 tokens on one, with the limits."""
-    kernels = list(dict.fromkeys(line["kernel"] for line in lines if "kernel" in line))
+    kernels = ternary_kernels(lines)
     groups = []
     for title, what, tokens, threads, colour in (
         ("GEMV from memory, 2 threads (Gweights/s)", "gemv-memory", 1, 2, "#cc6677"),

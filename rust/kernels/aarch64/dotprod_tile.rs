@@ -7,7 +7,7 @@ use std::arch::asm;
 
 use super::super::Prepared;
 use super::neon_tile::{load_i8, reduce};
-use super::tile::{ROWS, STEP, Sums, Trits};
+use super::tile::{ROWS, STEP, Sums, Trits, tiles};
 
 /// Tokens of a tile: with four rows, 16 sums, and 8 registers to load into.
 /// The cores known do two or four `sdot` a cycle and two or three loads.
@@ -42,12 +42,8 @@ pub(super) fn add_run(
     sums: &mut Sums,
 ) {
     for (trits, sums) in trits.iter().zip(sums) {
-        let mut t = 0;
-        while t < xs.len() {
-            // Tiles of nearly equal size: five are three and two.
-            let left = xs.len() - t;
-            let n = left.div_ceil(left.div_ceil(TOKENS));
-            let (xs, sums) = (&xs[t..t + n], &mut sums[t..t + n]);
+        for tile in tiles(xs.len(), TOKENS) {
+            let (xs, sums) = (&xs[tile.clone()], &mut sums[tile]);
             match xs {
                 [a, b, c, d] => add_tile(trits, [a, b, c, d], start, steps, sums),
                 [a, b, c] => add_tile(trits, [a, b, c], start, steps, sums),
@@ -55,7 +51,6 @@ pub(super) fn add_run(
                 [a] => add_tile(trits, [a], start, steps, sums),
                 _ => {}
             }
-            t += n;
         }
     }
 }

@@ -12,7 +12,7 @@
 use std::arch::aarch64::*;
 
 use super::super::Prepared;
-use super::tile::{ROWS, STEP, Sums, Trits};
+use super::tile::{ROWS, STEP, Sums, Trits, tiles};
 
 /// Tokens of a tile: with four rows, 16 sums, 4 registers of trits and up to 4
 /// of activations of the 32.
@@ -88,12 +88,8 @@ pub(super) fn add_run(
     sums: &mut Sums,
 ) {
     for (trits, sums) in trits.iter().zip(sums) {
-        let mut t = 0;
-        while t < xs.len() {
-            // Tiles of nearly equal size: five are three and two.
-            let left = xs.len() - t;
-            let n = left.div_ceil(left.div_ceil(TOKENS));
-            let (xs, sums) = (&xs[t..t + n], &mut sums[t..t + n]);
+        for tile in tiles(xs.len(), TOKENS) {
+            let (xs, sums) = (&xs[tile.clone()], &mut sums[tile]);
             match xs {
                 [a, b, c, d] => add_tile(trits, [a, b, c, d], start, steps, sums),
                 [a, b, c] => add_tile(trits, [a, b, c], start, steps, sums),
@@ -101,7 +97,6 @@ pub(super) fn add_run(
                 [a] => add_tile(trits, [a], start, steps, sums),
                 _ => {}
             }
-            t += n;
         }
     }
 }

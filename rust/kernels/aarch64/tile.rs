@@ -57,6 +57,19 @@ pub(super) type Sums = [[[i32; ROWS]; RUN]; GROUPS];
 pub(super) type AddRun =
     unsafe fn(trits: &[Trits], xs: &[Prepared], start: usize, steps: usize, sums: &mut Sums);
 
+/// Cuts `n` tokens into tiles of at most `most` and nearly equal size: five are
+/// three and two, where tiles hold four.
+#[inline(always)]
+pub(super) fn tiles(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let left = n - start;
+        let first = start;
+        start += left.div_ceil(left.div_ceil(most).max(1));
+        (left > 0).then_some(first..start)
+    })
+}
+
 /// Rows then begin on cache lines.
 #[repr(align(64))]
 struct Unpacked([Trits; GROUPS]);
