@@ -70,13 +70,14 @@ pub struct Isa(Level);
 
 /// Names that `BITNET_RS_ISA` takes on this architecture, lowest first.
 #[cfg(target_arch = "x86_64")]
-pub const ISA_NAMES: [&str; 6] = ["generic", "ssse3", "avx2", "avxvnni", "avx512", "avx512vbmi"];
+pub const ISA_NAMES: [&str; LEVELS.len()] =
+    ["generic", "ssse3", "avx2", "avxvnni", "avx512", "avx512vbmi"];
 /// Names that `BITNET_RS_ISA` takes on this architecture, lowest first.
 #[cfg(target_arch = "aarch64")]
-pub const ISA_NAMES: [&str; 4] = ["generic", "neon", "dotprod", "i8mm"];
+pub const ISA_NAMES: [&str; LEVELS.len()] = ["generic", "neon", "dotprod", "i8mm"];
 /// Names that `BITNET_RS_ISA` takes on this architecture, lowest first.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-pub const ISA_NAMES: [&str; 1] = ["generic"];
+pub const ISA_NAMES: [&str; LEVELS.len()] = ["generic"];
 
 impl Isa {
     /// The level that every CPU of the target has.
@@ -381,9 +382,10 @@ mod tests {
     #[test]
     fn levels_are_ordered_and_named() {
         assert!(LEVELS.is_sorted());
-        assert_eq!(LEVELS.len(), ISA_NAMES.len());
         let available = Isa::available();
         assert_eq!(available[0], Isa::GENERIC);
+        // A level that is detected and not listed would have no name.
+        assert_eq!(available.last(), Some(&Isa(detect())));
         for (isa, name) in available.iter().zip(ISA_NAMES) {
             assert_eq!(isa.name(), name);
         }
