@@ -8,8 +8,9 @@
 use std::hint::black_box;
 
 use bitnet_rs::cpu::Isa;
+use bitnet_rs::floats::Bf16;
 use bitnet_rs::kernels::{Kernels, PackedMatrix, Prepared, available, multiply};
-use bitnet_rs::ops::dense::{DenseMatrix, StoredFloats};
+use bitnet_rs::ops::dense::{DenseMatrix, Floats};
 use bitnet_rs::threads::Team;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
@@ -62,9 +63,10 @@ fn products(c: &mut Criterion) {
 
 fn head(c: &mut Criterion) {
     let (rows, cols) = (16_384, 2560);
-    let data: Vec<u16> = (0..rows * cols).map(|i| 0x3c00 | (i % 512) as u16).collect();
+    let data: Vec<_> = (0..rows * cols).map(|i| Bf16(0x3c00 | (i % 512) as u16)).collect();
     let team = Team::new(Some(1)).expect("one thread");
-    let matrix = DenseMatrix::new(rows, cols, StoredFloats::Bf16(&data), &team).expect("finite");
+    let data = Floats::Bf16(std::sync::Arc::new(data));
+    let matrix = DenseMatrix::new(rows, cols, data, Isa::GENERIC, &team).expect("finite");
     let x: Vec<f32> = (0..cols).map(|i| i as f32 / cols as f32).collect();
     let mut y = vec![0f32; rows];
     let mut group = c.benchmark_group("head");

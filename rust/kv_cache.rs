@@ -20,6 +20,7 @@
 use std::collections::TryReserveError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::floats::{F16, LANES};
 use crate::ops::lanes::Load;
@@ -116,6 +117,14 @@ pub(crate) struct Page<E> {
 pub(crate) trait KvElement: Load {
     /// Rounds half to even; saturates.
     fn from_f32(x: f32) -> Self;
+
+    /// Rounds many, which compiles to vector code.
+    #[inline(always)]
+    fn round_all(from: &[f32], to: &mut [Self]) {
+        for (to, &x) in to.iter_mut().zip(from) {
+            *to = Self::from_f32(x);
+        }
+    }
 }
 
 impl KvElement for f32 {
@@ -126,8 +135,9 @@ impl KvElement for f32 {
 }
 
 impl KvElement for F16 {
+    #[inline(always)]
     fn from_f32(x: f32) -> Self {
-        F16(half::f16::from_f32(x.clamp(-65504.0, 65504.0)).to_bits())
+        F16::from_f32_saturating(x)
     }
 }
 
@@ -148,21 +158,57 @@ impl<E: KvElement> HeadKv<E> {
         Ok(())
     }
 
-    fn write(&mut self, position: usize, key: &[f32], value: &[f32]) {
+    /// Writes one position.
+    #[inline(always)]
+    fn write(&mut self, position: usize, key: &[E], value: &[E]) {
         let page = &mut self.pages[position / PAGE];
         let position = position % PAGE;
         let group = &mut page.keys[position / STRIP * key.len()..][..key.len()];
         for (strip, &k) in group.iter_mut().zip(key) {
-            strip.0[position % STRIP / LANES][position % LANES] = E::from_f32(k);
+            strip.0[position % STRIP / LANES][position % LANES] = k;
         }
         for (strips, v) in page.values.chunks_exact_mut(PAGE).zip(value.chunks(STRIP)) {
-            let strip = strips[position].0.as_flattened_mut();
-            for (slot, &v) in strip.iter_mut().zip(v) {
-                *slot = E::from_f32(v);
-            }
+            strips[position].0.as_flattened_mut()[..v.len()].copy_from_slice(v);
         }
     }
 }
+
+/// Rounds `keys` and `values`, `[token][head][head_dim]`, and writes them to
+/// `heads` from position `first` on.
+fn write_all<E: KvElement>(
+    isa: Isa,
+    heads: &mut [HeadKv<E>],
+    head_dim: usize,
+    first: usize,
+    keys: &[f32],
+    values: &[f32],
+) {
+    isa.vectorize(
+        #[inline(always)]
+        || {
+            let mut rounded = [[E::default(); ROUNDED]; 2];
+            let tokens = keys.chunks_exact(heads.len() * head_dim);
+            for (i, (k, v)) in tokens.zip(values.chunks_exact(heads.len() * head_dim)).enumerate() {
+                let parts = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
+                for (head, (k, v)) in heads.iter_mut().zip(parts) {
+                    let [key, value] = &mut rounded;
+                    if head_dim <= ROUNDED {
+                        E::round_all(k, &mut key[..head_dim]);
+                        E::round_all(v, &mut value[..head_dim]);
+                        head.write(first + i, &key[..head_dim], &value[..head_dim]);
+                    } else {
+                        let all = |from: &[f32]| from.iter().map(|&x| E::from_f32(x)).collect();
+                        let (key, value): (Vec<E>, Vec<E>) = (all(k), all(v));
+                        head.write(first + i, &key, &value);
+                    }
+                }
+            }
+        },
+    );
+}
+
+/// Room for a rounded key or value: as wide as heads are, and wider.
+const ROUNDED: usize = 512;
 
 fn zeroed<E: KvElement>(len: usize) -> Result<Vec<Strip<E>>, TryReserveError> {
     let mut v = Vec::new();
@@ -275,17 +321,19 @@ impl KvCache {
     /// position `first` on; `keys` and `values` are
     /// `[token][n_kv_heads * head_dim]`. The length does not change until
     /// [`advance`](Self::advance), so a pass that fails leaves no trace.
-    pub(crate) fn write(&mut self, layer: usize, first: usize, keys: &[f32], values: &[f32]) {
+    pub(crate) fn write(
+        &mut self,
+        isa: Isa,
+        layer: usize,
+        first: usize,
+        keys: &[f32],
+        values: &[f32],
+    ) {
         let (n, d) = (self.shape.n_kv_heads, self.shape.head_dim);
-        let rows = keys.chunks_exact(n * d).zip(values.chunks_exact(n * d));
-        for (i, (k, v)) in rows.enumerate() {
-            for head in 0..n {
-                let (k, v) = (&k[head * d..][..d], &v[head * d..][..d]);
-                match &mut self.storage {
-                    Storage::F16(heads) => heads[layer * n + head].write(first + i, k, v),
-                    Storage::F32(heads) => heads[layer * n + head].write(first + i, k, v),
-                }
-            }
+        let of_layer = layer * n..(layer + 1) * n;
+        match &mut self.storage {
+            Storage::F16(heads) => write_all(isa, &mut heads[of_layer], d, first, keys, values),
+            Storage::F32(heads) => write_all(isa, &mut heads[of_layer], d, first, keys, values),
         }
     }
 
@@ -305,21 +353,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rounds_to_f16_half_to_even_and_saturates() {
-        assert_eq!(F16::from_f32(1.0), F16(0x3c00));
-        assert_eq!(F16::from_f32(2049.0), F16(0x6800)); // between 2048 and 2050: to even
-        assert_eq!(F16::from_f32(2051.0), F16(0x6802));
-        assert_eq!(F16::from_f32(1e9), F16(0x7bff));
-        assert_eq!(F16::from_f32(-1e9), F16(0xfbff));
-    }
-
-    #[test]
     fn truncates_only_downwards() {
         let shape = KvShape { model: ModelId::next(), n_layers: 1, n_kv_heads: 1, head_dim: 4 };
         let mut cache = KvCache::new(shape, 3, KvDtype::F16).unwrap();
         assert!(cache.reserve(4).is_err());
         cache.reserve(2).unwrap();
-        cache.write(0, 0, &[1.0; 8], &[2.0; 8]);
+        cache.write(Isa::GENERIC, 0, 0, &[1.0; 8], &[2.0; 8]);
         cache.advance(2);
         assert!(cache.truncate(3).is_err());
         assert!(cache.truncate(1).is_ok());

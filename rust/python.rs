@@ -1,8 +1,8 @@
 //! `_core`: the binding. Converts, checks, detaches, calls. No arithmetic.
 //!
 //! Rules of the line: slices are taken from numpy arrays while attached, and
-//! only slices go into `detach`; a computation never runs attached, since a
-//! rayon worker that waited for the interpreter would wait forever; errors
+//! only slices go into `detach`; a computation never runs attached, so that
+//! other threads of the interpreter go on meanwhile; errors
 //! become built-in exceptions in one place.
 
 // The `pymodule` and `pyclass` macros expand to the C ABI of Python modules.
@@ -11,13 +11,13 @@
 #![allow(clippy::needless_pass_by_value)]
 
 use std::cell::RefCell;
-use std::sync::{Mutex, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
 
 use half::slice::HalfFloatSliceExt;
 use numpy::{
-    IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
-    PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
+    IntoPyArray, PyArray1, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray1,
+    PyReadonlyArray2, PyReadonlyArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::exceptions::{PyKeyError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -25,13 +25,15 @@ use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyMapping, PyString};
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
+use crate::floats::{Bf16, F16};
 use crate::kernels::{self, Kernels, PackedMatrix, Prepared, Projection};
 use crate::kv_cache::{KvCache, KvDtype};
 use crate::levels::{LevelMatrix, Levels};
 use crate::models::{
-    self, ConfigMap, Dims, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit,
-    Weights,
+    self, ConfigMap, Dims, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit, Want,
+    Wanted, Weights,
 };
+use crate::ops::dense::{Floats, Shared};
 use crate::ternary::TernaryMatrix;
 use crate::threads::{Team, read_bandwidth};
 
@@ -89,14 +91,9 @@ impl PyWeights<'_, '_> {
         *self.failure.borrow_mut() = Some(error);
         Error::State("the weights could not be read".to_owned())
     }
-}
 
-impl Weights for PyWeights<'_, '_> {
-    fn contains(&self, name: &str) -> Result<bool, Error> {
-        self.mapping.contains(name).map_err(|e| self.fail(e))
-    }
-
-    fn visit(&self, name: &str, visit: &mut Visit<'_>) -> Result<(), Error> {
+    /// The array called `name`, contiguous and aligned.
+    fn array(&self, name: &str) -> Result<Bound<'_, PyUntypedArray>, Error> {
         let py = self.mapping.py();
         let array = self.mapping.get_item(name).map_err(|e| {
             // A plain dict says the key and nothing else; a loader says more.
@@ -105,7 +102,7 @@ impl Weights for PyWeights<'_, '_> {
             if bare { Error::MissingTensor(name.to_owned()) } else { self.fail(e) }
         })?;
         let array = array
-            .cast::<PyUntypedArray>()
+            .cast_into::<PyUntypedArray>()
             .map_err(|_| invalid!("tensor {name:?} is not a numpy array; wanted one"))?;
         let aligned = array
             .getattr("flags")
@@ -118,6 +115,18 @@ impl Weights for PyWeights<'_, '_> {
                  requirements=\"CA\")"
             ));
         }
+        Ok(array)
+    }
+}
+
+impl Weights for PyWeights<'_, '_> {
+    fn contains(&self, name: &str) -> Result<bool, Error> {
+        self.mapping.contains(name).map_err(|e| self.fail(e))
+    }
+
+    fn visit(&self, name: &str, visit: &mut Visit<'_>) -> Result<(), Error> {
+        let py = self.mapping.py();
+        let array = self.array(name)?;
         // The read-only borrow lives until the end of the arm; the slice alone
         // goes into `detach`.
         macro_rules! arm {
@@ -134,11 +143,75 @@ impl Weights for PyWeights<'_, '_> {
         arm!(f32, TensorData::F32);
         arm!(u16, TensorData::Bf16);
         arm!(half::f16, f16_bits);
-        Err(invalid!(
-            "tensor {name:?} has dtype {}; wanted int8, float32, float16, or uint16 for bfloat16",
-            array.dtype()
-        ))
+        Err(wrong_dtype(name, &array))
     }
+
+    /// Arrays that nobody can write to, such as mapped files, are held on to;
+    /// others are copied.
+    fn keep(&self, name: &str) -> Result<(Vec<usize>, Floats), Error> {
+        let array = self.array(name)?;
+        let shape = array.shape().to_vec();
+        if let Some(kept) = kept::<f32, f32>(&array) {
+            Ok((shape, Floats::F32(kept)))
+        } else if let Some(kept) = kept::<half::f16, F16>(&array) {
+            Ok((shape, Floats::F16(kept)))
+        } else if let Some(kept) = kept::<u16, Bf16>(&array) {
+            Ok((shape, Floats::Bf16(kept)))
+        } else {
+            Err(wrong_dtype(name, &array))
+        }
+    }
+}
+
+fn wrong_dtype(name: &str, array: &Bound<'_, PyUntypedArray>) -> Error {
+    invalid!(
+        "tensor {name:?} has dtype {}; wanted int8, float32, float16, or uint16 for bfloat16",
+        array.dtype()
+    )
+}
+
+/// An array whose elements, of type `T`, are read as `U` for as long as this
+/// lives.
+struct KeptArray<T, U> {
+    /// Keeps the elements alive and where they are.
+    _array: Py<PyArrayDyn<T>>,
+    elements: *const U,
+    len: usize,
+}
+
+// SAFETY: the elements are plain numbers that nobody writes to (`kept` takes
+// arrays that are not writeable), and `Py` may be dropped by any thread.
+unsafe impl<T, U: Sync> Send for KeptArray<T, U> {}
+// SAFETY: as above.
+unsafe impl<T, U: Sync> Sync for KeptArray<T, U> {}
+
+impl<T, U> AsRef<[U]> for KeptArray<T, U> {
+    fn as_ref(&self) -> &[U] {
+        // SAFETY: `kept` took both from a slice of the array, which is alive.
+        unsafe { std::slice::from_raw_parts(self.elements, self.len) }
+    }
+}
+
+/// The elements of an array of `T`, if it is one. `U` has the form of `T`: a
+/// number of as many bytes, all of whose bit patterns are valid.
+fn kept<T, U>(array: &Bound<'_, PyUntypedArray>) -> Option<Shared<U>>
+where
+    T: numpy::Element + Copy + Sync + 'static,
+    U: Copy + Send + Sync + 'static,
+{
+    const { assert!(size_of::<T>() == size_of::<U>() && align_of::<T>() == align_of::<U>()) };
+    let borrowed = array.extract::<PyReadonlyArrayDyn<'_, T>>().ok()?;
+    let slice = borrowed.as_slice().ok()?;
+    let kept = KeptArray {
+        _array: (*borrowed).clone().unbind(),
+        elements: slice.as_ptr().cast::<U>(),
+        len: slice.len(),
+    };
+    let writeable = array.getattr("flags").and_then(|f| f.getattr("writeable"));
+    if writeable.and_then(|w| w.extract::<bool>()).unwrap_or(true) {
+        return Some(Arc::new(kept.as_ref().to_vec()));
+    }
+    Some(Arc::new(kept))
 }
 
 fn f16_bits(slice: &[half::f16]) -> TensorData<'_> {
@@ -202,6 +275,7 @@ impl PyModel {
             ("params", facts.params),
             ("ternary_bytes", facts.ternary_bytes),
             ("head_bytes", facts.head_bytes),
+            ("scan_bytes", facts.scan_bytes),
             ("bytes_per_token", facts.bytes_per_token),
             ("packed_bytes", facts.packed_bytes),
         ] {
@@ -224,16 +298,82 @@ impl PyModel {
         batch: Vec<(PyReadonlyArray1<'py, u32>, Py<PyKvCache>)>,
         logits: &str,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
-        let logits = match logits {
-            "last" => Logits::Last,
-            "all" => Logits::All,
+        let wanted = match logits {
+            "last" => Wanted::Last,
+            "all" => Wanted::All,
             _ => return Err(invalid!("logits is {logits:?}; wanted \"last\" or \"all\"").into()),
         };
+        let logits = self.pass(py, &batch, wanted)?;
+        let vocab = self.0.dims().vocab;
+        let n = logits.rows.len() / vocab;
+        logits.rows.into_pyarray(py).reshape([n, vocab])
+    }
+
+    fn forward_top<'py>(
+        &self,
+        py: Python<'py>,
+        batch: Vec<(PyReadonlyArray1<'py, u32>, Py<PyKvCache>)>,
+        top: Vec<Option<usize>>,
+    ) -> PyResult<Vec<Top<'py>>> {
+        let wants: Vec<Want> = top
+            .iter()
+            .map(|top| match top {
+                None => Want::All,
+                Some(0) => Want::Nothing,
+                Some(k) => Want::Top(*k),
+            })
+            .collect();
+        let logits = self.pass(py, &batch, Wanted::Each(&wants))?;
+        let mut best = logits.top.into_iter();
+        let mut rows = logits.rows.chunks_exact(self.0.dims().vocab);
+        Ok(wants
+            .iter()
+            .map(|want| match want {
+                Want::Nothing => {
+                    (Some(PyArray1::from_slice(py, &[])), PyArray1::from_slice(py, &[]))
+                }
+                Want::All => (None, PyArray1::from_slice(py, rows.next().unwrap_or_default())),
+                Want::Top(_) => {
+                    let top = best.next().unwrap_or_default();
+                    (Some(top.ids.into_pyarray(py)), top.logits.into_pyarray(py))
+                }
+            })
+            .collect())
+    }
+
+    #[getter]
+    fn head_use<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let used = self.0.head_use();
+        let dict = PyDict::new(py);
+        dict.set_item("scans", used.scans)?;
+        dict.set_item("full", used.full)?;
+        dict.set_item("rescored", used.rescored)?;
+        Ok(dict)
+    }
+
+    fn profile(&self, on: bool) -> Vec<(&'static str, u64, f64, f64)> {
+        let laps = self.0.machine().team.profile(on);
+        let seconds = |ns: u64| ns as f64 / 1e9;
+        laps.iter().map(|l| (l.name, l.count, seconds(l.wall_ns), seconds(l.busy_ns))).collect()
+    }
+}
+
+/// Ids (None: all of them) and their logits.
+type Top<'py> = (Option<Bound<'py, PyArray1<u32>>>, Bound<'py, PyArray1<f32>>);
+
+impl PyModel {
+    /// A forward pass, detached.
+    fn pass(
+        &self,
+        py: Python<'_>,
+        batch: &[(PyReadonlyArray1<'_, u32>, Py<PyKvCache>)],
+        wanted: Wanted<'_>,
+    ) -> PyResult<Logits> {
         let parts = batch
             .iter()
             .map(|(tokens, cache)| Ok((tokens.as_slice()?, cache.get())))
             .collect::<PyResult<Vec<(&[u32], &PyKvCache)>>>()?;
-        let rows = py.detach(|| {
+        Ok(py.detach(|| {
             let mut guards = parts
                 .iter()
                 .map(|(_, cache)| cache.try_lock())
@@ -243,17 +383,8 @@ impl PyModel {
                 .zip(&mut guards)
                 .map(|((tokens, _), cache)| Segment { tokens, cache })
                 .collect();
-            self.0.forward(&mut segments, logits)
-        })?;
-        let vocab = self.0.dims().vocab;
-        rows.into_pyarray(py).reshape([parts_rows(&parts, logits), vocab])
-    }
-}
-
-fn parts_rows(parts: &[(&[u32], &PyKvCache)], logits: Logits) -> usize {
-    match logits {
-        Logits::Last => parts.len(),
-        Logits::All => parts.iter().map(|(tokens, _)| tokens.len()).sum(),
+            self.0.pass(&mut segments, wanted)
+        })?)
     }
 }
 

@@ -11,7 +11,8 @@ use bitnet_rs::cpu::Isa;
 use bitnet_rs::kernels;
 use bitnet_rs::kv_cache::{KvCache, KvDtype};
 use bitnet_rs::models::{
-    self, ConfigMap, Logits, Machine, Model, Segment, Tensor, TensorData, Value, Visit, Weights,
+    self, ConfigMap, Machine, Model, Segment, Tensor, TensorData, Value, Visit, Want, Wanted,
+    Weights,
 };
 
 /// Tensors of a random model.
@@ -128,7 +129,7 @@ fn cache(model: &dyn Model, dtype: KvDtype) -> KvCache {
 }
 
 fn run(model: &dyn Model, cache: &mut KvCache, tokens: &[u32]) -> Vec<u32> {
-    let y = model.forward(&mut [Segment { tokens, cache }], Logits::All).unwrap();
+    let y = model.pass(&mut [Segment { tokens, cache }], Wanted::All).unwrap().rows;
     assert!(y.iter().all(|v| v.is_finite()) && y.iter().any(|v| *v != 0.0));
     y.into_iter().map(f32::to_bits).collect()
 }
@@ -208,22 +209,93 @@ fn a_ragged_batch_gives_the_bits_of_each_alone() {
             right.extend(rows);
             caches.push(shared);
         }
-        for logits in [Logits::All, Logits::Last] {
+        for wanted in [Wanted::All, Wanted::Last] {
             let lengths: Vec<_> = caches.iter().map(KvCache::len).collect();
             let mut batch: Vec<_> = sequences
                 .iter()
                 .zip(&mut caches)
                 .map(|((_, ids), cache)| Segment { tokens: ids, cache })
                 .collect();
-            let y = model.forward(&mut batch, logits).unwrap();
+            let y = model.pass(&mut batch, wanted).unwrap().rows;
             let found: Vec<u32> = y.into_iter().map(f32::to_bits).collect();
-            assert!(found == if logits == Logits::All { right.clone() } else { last.clone() });
+            assert!(found == if wanted == Wanted::All { right.clone() } else { last.clone() });
             // Truncated, the caches give the same again.
             for (cache, length) in caches.iter_mut().zip(lengths) {
                 cache.truncate(length).unwrap();
             }
         }
     });
+}
+
+/// The best `k` of a row, ids ascending.
+fn best(row: &[f32], k: usize) -> Vec<(u32, u32)> {
+    let mut ids: Vec<usize> = (0..row.len()).collect();
+    ids.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+    ids.truncate(k);
+    ids.sort_unstable();
+    ids.iter().map(|&i| (i as u32, row[i].to_bits())).collect()
+}
+
+#[test]
+fn the_best_logits_are_those_of_the_full_head() {
+    each(|model_type, sizes, dtype| {
+        for threads in [1, 3] {
+            let model = build(
+                model_type,
+                sizes,
+                kernels::available(Isa::best().unwrap())[0].name(),
+                threads,
+            );
+            let prompts: Vec<_> = (0..6).map(|i| tokens(1 + 3 * i, i)).collect();
+            let wants = [
+                Want::Top(1),
+                Want::All,
+                Want::Nothing,
+                Want::Top(5),
+                Want::Top(VOCAB),
+                Want::Top(10 * VOCAB),
+            ];
+            let mut caches: Vec<_> = prompts.iter().map(|_| cache(&*model, dtype)).collect();
+            let mut batch: Vec<_> = prompts
+                .iter()
+                .zip(&mut caches)
+                .map(|(tokens, cache)| Segment { tokens, cache })
+                .collect();
+            let mut found = model.pass(&mut batch, Wanted::Each(&wants)).unwrap();
+            let used = model.head_use();
+            assert_eq!(used.scans, 4);
+            assert!(used.full <= 4 && used.rescored <= 4 * VOCAB as u64);
+            found.top.reverse();
+            for (prompt, want) in prompts.iter().zip(wants) {
+                let mut alone = cache(&*model, dtype);
+                let mut batch = [Segment { tokens: prompt, cache: &mut alone }];
+                let row = model.pass(&mut batch, Wanted::Last).unwrap().rows;
+                match want {
+                    Want::Nothing => {}
+                    Want::All => assert_eq!(
+                        row.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+                        found.rows.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+                    ),
+                    Want::Top(k) => {
+                        let top = found.top.pop().unwrap();
+                        let bits = top.logits.iter().map(|x| x.to_bits());
+                        let pairs: Vec<_> = top.ids.iter().copied().zip(bits).collect();
+                        assert_eq!(pairs, best(&row, k), "{model_type}, best {k}");
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn wants_that_are_none_are_refused() {
+    let model = build("bitnet", SIZES[0], "generic-i2", 1);
+    for wants in [&[][..], &[Want::Top(0)], &[Want::All, Want::All]] {
+        let mut cache = cache(&*model, KvDtype::F16);
+        let mut batch = [Segment { tokens: &[1], cache: &mut cache }];
+        assert!(model.pass(&mut batch, Wanted::Each(wants)).is_err());
+    }
 }
 
 #[test]
@@ -233,20 +305,20 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
     run(&*model, &mut small, &[1, 2]);
     for tokens in [&[][..], &[VOCAB as u32], &[1, 2, 3]] {
         let error = model
-            .forward(&mut [Segment { tokens, cache: &mut small }], Logits::Last)
+            .pass(&mut [Segment { tokens, cache: &mut small }], Wanted::Last)
             .unwrap_err()
             .to_string();
         assert!(error.contains("segment 0"), "{error}");
         assert_eq!(small.len(), 2);
     }
-    assert!(model.forward(&mut [], Logits::Last).is_err());
+    assert!(model.pass(&mut [], Wanted::Last).is_err());
     // Of the same shape even.
     let other = build("bitnet", SIZES[0], "generic-i2", 1);
     let mut foreign = cache(&*other, KvDtype::F16);
     let mut good = cache(&*model, KvDtype::F16);
     let mut batch =
         [Segment { tokens: &[1], cache: &mut good }, Segment { tokens: &[1], cache: &mut foreign }];
-    assert!(model.forward(&mut batch, Logits::Last).is_err());
+    assert!(model.pass(&mut batch, Wanted::Last).is_err());
     assert_eq!(good.len(), 0);
 }
 

@@ -293,6 +293,14 @@ pub struct PackedMatrix {
 const CHUNKS_PER_THREAD: usize = 4;
 
 impl PackedMatrix {
+    /// That inputs and output fit, and were prepared for this layout.
+    fn check(&self, xs: &[Prepared], y: &[f32]) {
+        let table = self.kernels.for_inputs(xs.len()).table();
+        assert_eq!(y.len(), xs.len() * self.rows, "output length");
+        assert!(xs.iter().all(|x| x.cols == self.cols), "input length");
+        assert!(table.is_empty() || xs.iter().all(|x| x.table_form == table), "lookup table");
+    }
+
     /// Packs `w` for `kernels`, in parallel over rows. Call it inside
     /// [`Team::run`].
     ///
@@ -399,19 +407,49 @@ pub fn multiply<const N: usize>(
     xs: &[Prepared],
     products: [(&PackedMatrix, &mut [f32]); N],
 ) {
+    products.iter().for_each(|(w, y)| w.check(xs, y));
+    if let [x] = xs {
+        let granule = products[0].0.row_group;
+        let ws = products.each_ref().map(|(w, _)| *w);
+        let ys = products.map(|(_, y)| y);
+        team.split_all(ys, granule, CHUNKS_PER_THREAD, |which, start, y| {
+            let w = ws[which];
+            w.kernels.decode.gemv(w, start..start + y.len(), x, y);
+        });
+        return;
+    }
     // Each task owns the same rows of every token's output.
     let mut tasks = Vec::new();
     for (w, y) in products {
-        let table = w.kernels.for_inputs(xs.len()).table();
-        assert_eq!(y.len(), xs.len() * w.rows, "output length");
-        assert!(xs.iter().all(|x| x.cols == w.cols), "input length");
-        assert!(table.is_empty() || xs.iter().all(|x| x.table_form == table), "lookup table");
         let parts = team.columns(y, w.rows, w.row_group, CHUNKS_PER_THREAD);
         tasks.extend(parts.into_iter().map(|(range, ys)| (w, range, ys)));
     }
-    team.for_each(&mut tasks, |(w, range, parts)| match (xs, &mut parts[..]) {
-        ([x], [y]) => w.kernels.decode.gemv(w, range.clone(), x, y),
-        (xs, ys) => w.kernels.prefill.gemm(w, range.clone(), xs, ys),
+    team.for_each(&mut tasks, |(w, range, ys)| w.kernels.prefill.gemm(w, range.clone(), xs, ys));
+}
+
+/// [`multiply`] for two matrices of one shape, and `then` for what comes out of
+/// the same rows of both: gate, up and their activation.
+///
+/// # Panics
+/// As [`multiply`]; the shapes or layouts differ.
+pub fn multiply_pair(
+    team: &Team,
+    xs: &[Prepared],
+    [(a, y), (b, z)]: [(&PackedMatrix, &mut [f32]); 2],
+    then: impl Fn(&mut [f32], &[f32]) + Sync,
+) {
+    assert!(a.rows == b.rows && a.row_group == b.row_group, "different matrices");
+    let [x] = xs else {
+        multiply(team, xs, [(a, &mut *y), (b, &mut *z)]);
+        let width = a.rows;
+        return team.split(y, width, 1, |start, y| then(y, &z[start..start + y.len()]));
+    };
+    a.check(xs, y);
+    b.check(xs, z);
+    team.zip((y, z), (1, 1), a.row_group, CHUNKS_PER_THREAD, |start, y, z| {
+        a.kernels.decode.gemv(a, start..start + y.len(), x, y);
+        b.kernels.decode.gemv(b, start..start + z.len(), x, z);
+        then(y, z);
     });
 }
 

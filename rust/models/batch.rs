@@ -1,11 +1,10 @@
 //! The ragged batch: segments of (tokens, cache), prefill and decode mixed,
-//! flattened to rows of one token each.
+//! flattened to rows of one token each; and what is wanted of it.
 
 use crate::error::{Error, invalid};
 use crate::kv_cache::KvCache;
-use crate::ops::rope::Rope;
 
-use super::{Logits, Model};
+use super::Model;
 
 /// Tokens to append to one cache.
 pub struct Segment<'a> {
@@ -15,14 +14,34 @@ pub struct Segment<'a> {
     pub cache: &'a mut KvCache,
 }
 
+/// Which logits a forward pass returns.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wanted<'a> {
+    /// All logits of the last token of each segment.
+    Last,
+    /// All logits of every token.
+    All,
+    /// For each segment, some logits of its last token.
+    Each(&'a [Want]),
+}
+
+/// Logits that are wanted of one token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Want {
+    /// None.
+    Nothing,
+    /// All of them.
+    All,
+    /// The best so many, at least one.
+    Top(usize),
+}
+
 /// One token of a batch.
 pub(super) struct Row {
     /// Which segment it is of.
     pub(super) segment: usize,
     /// Where in its sequence it stands.
     pub(super) position: usize,
-    /// Its rotary angles, which all layers share.
-    pub(super) angles: Vec<f32>,
 }
 
 /// Checks a batch against a model, takes the memory for its keys and values,
@@ -30,17 +49,26 @@ pub(super) struct Row {
 ///
 /// # Errors
 /// An empty batch or segment, a token id out of range, a cache of another
-/// shape or without room.
+/// shape or without room, wants that are not one for each segment.
 pub(super) fn rows(
     model: &dyn Model,
-    rope: &Rope,
     batch: &mut [Segment<'_>],
-) -> Result<Vec<Row>, Error> {
+    wanted: Wanted<'_>,
+    rows: &mut Vec<Row>,
+) -> Result<(), Error> {
     let dims = model.dims();
+    rows.clear();
     if batch.is_empty() {
         return Err(invalid!("an empty batch; wanted at least one segment"));
     }
-    let mut rows = Vec::with_capacity(batch.iter().map(|s| s.tokens.len()).sum());
+    if let Wanted::Each(wants) = wanted {
+        if wants.len() != batch.len() {
+            return Err(invalid!("{} wants for {} segments", wants.len(), batch.len()));
+        }
+        if wants.contains(&Want::Top(0)) {
+            return Err(invalid!("the best 0 logits; wanted at least one"));
+        }
+    }
     for (segment, Segment { tokens, cache }) in batch.iter_mut().enumerate() {
         if tokens.is_empty() {
             return Err(invalid!("segment {segment} has no tokens; wanted at least one"));
@@ -63,26 +91,36 @@ pub(super) fn rows(
             other => other,
         })?;
         let positions = cache.len()..cache.len() + tokens.len();
-        rows.extend(positions.map(|position| Row {
-            segment,
-            position,
-            angles: rope.angles(position),
-        }));
+        rows.extend(positions.map(|position| Row { segment, position }));
     }
-    Ok(rows)
+    Ok(())
 }
 
-/// Indices of the rows whose logits are wanted.
-pub(super) fn wanted(batch: &[Segment<'_>], logits: Logits) -> Vec<usize> {
-    let n = batch.iter().map(|s| s.tokens.len()).sum();
-    match logits {
-        Logits::All => (0..n).collect(),
-        Logits::Last => batch
-            .iter()
-            .scan(0, |end, s| {
-                *end += s.tokens.len();
-                Some(*end - 1)
-            })
-            .collect(),
+/// The rows whose logits are wanted, and which; those of which nothing is
+/// wanted left out.
+pub(super) fn wants(batch: &[Segment<'_>], wanted: Wanted<'_>) -> Vec<(usize, Want)> {
+    let n: usize = batch.iter().map(|s| s.tokens.len()).sum();
+    let want = |segment: usize| match wanted {
+        Wanted::Each(wants) => wants[segment],
+        Wanted::Last | Wanted::All => Want::All,
+    };
+    if wanted == Wanted::All {
+        return (0..n).map(|row| (row, Want::All)).collect();
+    }
+    let mut end = 0;
+    let mut wants = Vec::with_capacity(batch.len());
+    for (segment, s) in batch.iter().enumerate() {
+        end += s.tokens.len();
+        if want(segment) != Want::Nothing {
+            wants.push((end - 1, want(segment)));
+        }
+    }
+    wants
+}
+
+/// Counts every segment's tokens in its cache: the end of a forward pass.
+pub(super) fn commit(batch: &mut [Segment<'_>]) {
+    for Segment { tokens, cache } in batch {
+        cache.advance(tokens.len());
     }
 }

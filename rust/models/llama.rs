@@ -4,12 +4,13 @@
 //! Follows `LlamaForCausalLM` in transformers' `modeling_llama.py` with every
 //! projection a `BitLinear`: no sub-norms, SiLU.
 
-use super::batch::{self, Segment};
-use super::steps::{self, attention, buffer, embed, norm_prepare, prepare, zip_rows};
+use super::batch::{self, Segment, Wanted};
+use super::scratch::{Scratch, Scratches};
+use super::steps::{self, angles, attention, embed, norm_prepare, place, prepare, zip_rows};
 use super::weights::{Embeddings, ternary, vector};
-use super::{ConfigMap, Dims, Facts, Logits, Machine, Model, Weights};
+use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
 use crate::error::Error;
-use crate::kernels::{PackedMatrix, Prepared, multiply};
+use crate::kernels::{PackedMatrix, multiply, multiply_pair};
 use crate::ops::activation::{Activation, add, gate_up};
 use crate::ops::rope::Rope;
 
@@ -21,6 +22,7 @@ pub(super) struct Llama {
     embeddings: Embeddings,
     layers: Vec<Layer>,
     norm: Vec<f32>,
+    scratches: Scratches,
 }
 
 struct Layer {
@@ -78,14 +80,17 @@ impl Llama {
     ) -> Result<Self, Error> {
         let dims = Dims::read(config)?;
         config.hidden_act(&[Activation::Silu])?;
+        // First: what is mapped stays, and the pages that were read need not.
+        let embeddings = Embeddings::new(weights, &machine, &dims)?;
         let layers = (0..dims.n_layers)
             .map(|i| Layer::new(weights, &machine, &dims, i))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             rope: Rope::new(dims.head_dim, dims.rope_theta),
-            embeddings: Embeddings::new(weights, &machine, &dims)?,
+            embeddings,
             norm: vector(weights, "model.norm.weight", dims.hidden)?,
             layers,
+            scratches: Scratches::default(),
             machine: machine.stopped(),
             dims,
         })
@@ -93,42 +98,52 @@ impl Llama {
 
     fn run(
         &self,
-        rows: &[batch::Row],
+        s: &mut Scratch,
         batch: &mut [Segment<'_>],
-        wanted: &[usize],
-    ) -> Result<Vec<f32>, Error> {
+        wanted: Wanted<'_>,
+    ) -> Result<Logits, Error> {
         let (d, m, eps) = (&self.dims, &self.machine, self.dims.eps);
-        let zeros = |width| buffer(rows.len(), width);
-        let (mut h, mut delta) = (zeros(d.hidden)?, zeros(d.hidden)?);
-        let (mut q, mut attended) = (zeros(d.q_width())?, zeros(d.q_width())?);
-        let (mut k, mut v) = (zeros(d.kv_width())?, zeros(d.kv_width())?);
-        let (mut gate, mut up) = (zeros(d.intermediate)?, zeros(d.intermediate)?);
-        let mut xs = vec![Prepared::default(); rows.len()];
-
-        embed(&self.embeddings.tokens, batch, &mut h);
+        s.fit(d)?;
+        angles(m, &self.rope, &s.rows, d.head_dim, &mut s.angles);
+        embed(&self.embeddings.tokens, batch, &mut s.h);
+        m.team.lap("embedding");
         for (index, layer) in self.layers.iter().enumerate() {
-            norm_prepare(m, &h, &layer.input_layernorm, eps, &mut xs);
-            let products =
-                [(&layer.q_proj, &mut q[..]), (&layer.k_proj, &mut k), (&layer.v_proj, &mut v)];
-            multiply(&m.team, &xs, products);
-            let qkv = [&mut q[..], &mut k[..], &mut v[..]];
-            attention(m, d, index, rows, batch, qkv, &mut attended);
-            prepare(m, &attended, d.q_width(), &mut xs);
-            multiply(&m.team, &xs, [(&layer.o_proj, &mut delta)]);
-            zip_rows(m, &mut h, &delta, d.hidden, |h, delta| add(m.isa, h, delta));
+            norm_prepare(m, &s.h, &layer.input_layernorm, eps, &mut s.normed, &mut s.xs);
+            m.team.lap("norm, quantize");
+            let products = [
+                (&layer.q_proj, &mut s.q[..]),
+                (&layer.k_proj, &mut s.k),
+                (&layer.v_proj, &mut s.v),
+            ];
+            multiply(&m.team, &s.xs, products);
+            m.team.lap("q, k, v");
+            place(m, d, index, &s.angles, batch, [&mut s.q, &mut s.k, &mut s.v]);
+            m.team.lap("rotate, cache");
+            attention(m, d, index, &s.rows, batch, &s.q, &mut s.parts, &mut s.attended)?;
+            m.team.lap("attention");
+            prepare(m, &s.attended, d.q_width(), &mut s.xs);
+            m.team.lap("norm, quantize");
+            multiply(&m.team, &s.xs, [(&layer.o_proj, &mut s.delta)]);
+            m.team.lap("o");
+            zip_rows(m, &mut s.h, &s.delta, d.hidden, |h, delta| add(m.isa, h, delta));
 
-            norm_prepare(m, &h, &layer.post_attention_layernorm, eps, &mut xs);
-            let products = [(&layer.gate_proj, &mut gate[..]), (&layer.up_proj, &mut up)];
-            multiply(&m.team, &xs, products);
-            zip_rows(m, &mut gate, &up, d.intermediate, |gate, up| {
-                gate_up(m.isa, Activation::Silu, gate, up);
+            norm_prepare(m, &s.h, &layer.post_attention_layernorm, eps, &mut s.normed, &mut s.xs);
+            m.team.lap("norm, quantize");
+            let pair = [(&layer.gate_proj, &mut s.gate[..]), (&layer.up_proj, &mut s.up)];
+            multiply_pair(&m.team, &s.xs, pair, |gate, up| {
+                gate_up(m.isa, Activation::Silu, gate, up)
             });
-            prepare(m, &gate, d.intermediate, &mut xs);
-            multiply(&m.team, &xs, [(&layer.down_proj, &mut delta)]);
-            zip_rows(m, &mut h, &delta, d.hidden, |h, delta| add(m.isa, h, delta));
+            m.team.lap("gate, up");
+            prepare(m, &s.gate, d.intermediate, &mut s.xs);
+            m.team.lap("norm, quantize");
+            multiply(&m.team, &s.xs, [(&layer.down_proj, &mut s.delta)]);
+            m.team.lap("down");
+            zip_rows(m, &mut s.h, &s.delta, d.hidden, |h, delta| add(m.isa, h, delta));
         }
-        let logits = steps::logits(m, &h, wanted, &self.norm, eps, self.embeddings.head())?;
-        steps::commit(batch);
+        let wants = batch::wants(batch, wanted);
+        let Scratch { h, normed, scan, .. } = s;
+        let logits = steps::logits(m, h, &wants, &self.norm, eps, &self.embeddings, normed, scan)?;
+        batch::commit(batch);
         Ok(logits)
     }
 }
@@ -152,9 +167,14 @@ impl Model for Llama {
         Facts::count(projections, norms, &self.embeddings)
     }
 
-    fn forward(&self, batch: &mut [Segment<'_>], logits: Logits) -> Result<Vec<f32>, Error> {
-        let rows = batch::rows(self, &self.rope, batch)?;
-        let wanted = batch::wanted(batch, logits);
-        self.machine.team.run(|| self.run(&rows, batch, &wanted))?
+    fn head_use(&self) -> HeadUse {
+        self.embeddings.head_use()
+    }
+
+    fn pass(&self, batch: &mut [Segment<'_>], wanted: Wanted<'_>) -> Result<Logits, Error> {
+        self.scratches.with(|scratch| {
+            batch::rows(self, batch, wanted, &mut scratch.rows)?;
+            self.machine.team.run(|| self.run(scratch, batch, wanted))?
+        })
     }
 }

@@ -5,6 +5,7 @@ mod batch;
 mod bitnet;
 mod config;
 mod llama;
+mod scratch;
 mod steps;
 mod weights;
 
@@ -14,20 +15,32 @@ use crate::kernels::{self, Kernels, PackedMatrix};
 use crate::kv_cache::{KvShape, ModelId};
 use crate::threads::Team;
 
-pub use batch::Segment;
+pub use crate::ops::head::TopLogits;
+pub use batch::{Segment, Want, Wanted};
 pub use config::{ConfigMap, Dims, Value};
 use weights::Embeddings;
 #[cfg(feature = "python")]
 pub(crate) use weights::absmean_matrix;
 pub use weights::{Tensor, TensorData, Visit, Weights};
 
-/// Which rows of logits a forward pass returns.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Logits {
-    /// One for the last token of each segment.
-    Last,
-    /// One for every token.
-    All,
+/// What a forward pass returns, in the order of the segments.
+#[derive(Debug, Default)]
+pub struct Logits {
+    /// Rows of all logits, `vocab_size` each.
+    pub rows: Vec<f32>,
+    /// The best logits of a token.
+    pub top: Vec<TopLogits>,
+}
+
+/// How the head was used, since the model was loaded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct HeadUse {
+    /// Tokens whose best logits were asked for.
+    pub scans: u64,
+    /// Those for which all logits were computed after all.
+    pub full: u64,
+    /// Rows rescored for the others.
+    pub rescored: u64,
 }
 
 /// What a model is and runs on, apart from its layers.
@@ -38,11 +51,13 @@ pub struct Facts {
     pub params: usize,
     /// Bytes of the packed ternary matrices.
     pub ternary_bytes: usize,
-    /// Bytes of the `lm_head` rows, all read for one token's logits.
+    /// Bytes of the `lm_head` rows, all read for all logits of a token.
     pub head_bytes: usize,
+    /// Bytes of their int8 form, read for the best logits of a token.
+    pub scan_bytes: usize,
     /// Bytes of all weights in memory.
     pub packed_bytes: usize,
-    /// Bytes of weights read to decode one token.
+    /// Bytes of weights read to decode one token, greedily.
     pub bytes_per_token: usize,
 }
 
@@ -58,13 +73,15 @@ impl Facts {
         let norm_params: usize = norms.map(<[f32]>::len).sum();
         let (float_params, float_bytes) = embeddings.size();
         let (norm_bytes, head_bytes) = (4 * norm_params, embeddings.head().n_bytes());
+        let scan_bytes = embeddings.scan.n_bytes();
         Self {
             ternary_params,
             params: ternary_params + float_params + norm_params,
             ternary_bytes,
             head_bytes,
-            packed_bytes: ternary_bytes + float_bytes + norm_bytes,
-            bytes_per_token: ternary_bytes + head_bytes + norm_bytes,
+            scan_bytes,
+            packed_bytes: ternary_bytes + float_bytes + scan_bytes + norm_bytes,
+            bytes_per_token: ternary_bytes + scan_bytes + norm_bytes,
         }
     }
 }
@@ -125,12 +142,15 @@ pub trait Model: Send + Sync {
     /// Counts of parameters and bytes.
     fn facts(&self) -> Facts;
 
-    /// Appends each segment's tokens to its cache and returns rows of logits,
-    /// `vocab_size` each, in order. On an error no cache has changed.
+    /// How the head was used until now.
+    fn head_use(&self) -> HeadUse;
+
+    /// Appends each segment's tokens to its cache and returns the logits that
+    /// are wanted. On an error no cache has changed.
     ///
     /// # Errors
-    /// See [`Segment`]; threads that cannot be started.
-    fn forward(&self, batch: &mut [Segment<'_>], logits: Logits) -> Result<Vec<f32>, Error>;
+    /// See [`Segment`] and [`Wanted`]; threads that cannot be started.
+    fn pass(&self, batch: &mut [Segment<'_>], wanted: Wanted<'_>) -> Result<Logits, Error>;
 
     /// What a cache for this model holds.
     fn kv_shape(&self) -> KvShape {

@@ -1,36 +1,25 @@
 //! The steps that forward passes are made of, each over all rows of a batch
 //! and split over the team. A row is one token; activations are
 //! `[row][width]`.
+//!
+//! A single row is what decoding is about: its vectors are too short to share,
+//! so the calling thread normalizes and quantizes alone, and only matrices and
+//! attention are dealt out.
 
-use super::batch::Row;
-use super::{Dims, Machine, Segment};
+use super::batch::{Row, Want};
+use super::scratch::resize;
+use super::weights::Embeddings;
+use super::{Dims, Logits, Machine, Segment};
 use crate::error::Error;
 use crate::kernels::Prepared;
-use crate::ops::attention::attend;
-use crate::ops::dense::{DenseMatrix, ROW_GROUP};
+use crate::ops::attention::{Keys, attend, attend_blocks, block_width, merge_blocks};
+use crate::ops::dense::DenseMatrix;
+use crate::ops::head::{ScanScratch, top_logits};
 use crate::ops::rms_norm::rms_norm;
-use crate::ops::rope::rotate;
+use crate::ops::rope::{Rope, rotate};
 
 /// Work items handed out per thread, for rows of unequal cost.
 const CHUNKS: usize = 4;
-
-/// Zeros for `rows` rows.
-///
-/// # Errors
-/// There is no memory: a long prompt is the user's to cut.
-pub(super) fn buffer(rows: usize, width: usize) -> Result<Vec<f32>, Error> {
-    let mut v = Vec::new();
-    let len = rows.checked_mul(width);
-    match len.map(|len| v.try_reserve_exact(len)) {
-        Some(Ok(())) => v.resize(rows * width, 0.0),
-        _ => {
-            return Err(Error::State(format!(
-                "no memory for {rows} rows of {width} numbers; pass fewer tokens at a time"
-            )));
-        }
-    }
-    Ok(v)
-}
 
 /// `out[row] = embedding of the row's token`.
 pub(super) fn embed(table: &DenseMatrix, batch: &[Segment<'_>], out: &mut [f32]) {
@@ -40,15 +29,31 @@ pub(super) fn embed(table: &DenseMatrix, batch: &[Segment<'_>], out: &mut [f32])
     }
 }
 
+/// `out[row] = rotary angles of the row's position`.
+pub(super) fn angles(m: &Machine, rope: &Rope, rows: &[Row], head_dim: usize, out: &mut [f32]) {
+    m.team.split(out, head_dim, CHUNKS, |start, out| {
+        for (i, out) in out.chunks_exact_mut(head_dim).enumerate() {
+            rope.angles(rows[start / head_dim + i].position, out);
+        }
+    });
+}
+
 /// `xs[row] = prepare(rms_norm(x[row]))`: what the next projections take.
-pub(super) fn norm_prepare(m: &Machine, x: &[f32], weight: &[f32], eps: f32, xs: &mut [Prepared]) {
+pub(super) fn norm_prepare(
+    m: &Machine,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    normed: &mut [f32],
+    xs: &mut [Prepared],
+) {
     let width = weight.len();
     let kernel = m.kernels.for_inputs(xs.len());
-    m.team.split(xs, 1, CHUNKS, |first, xs| {
-        let mut normed = vec![0f32; width];
-        for (i, out) in xs.iter_mut().enumerate() {
-            rms_norm(m.isa, &x[(first + i) * width..][..width], weight, eps, &mut normed);
-            kernel.prepare(m.isa, &normed, out);
+    let normed = &mut normed[..xs.len() * width];
+    m.team.zip((normed, xs), (width, 1), 1, CHUNKS, |first, normed, xs| {
+        for (i, (normed, out)) in normed.chunks_exact_mut(width).zip(xs).enumerate() {
+            rms_norm(m.isa, &x[(first + i) * width..][..width], weight, eps, normed);
+            kernel.prepare(m.isa, normed, out);
         }
     });
 }
@@ -74,69 +79,135 @@ pub(super) fn zip_rows(
     m.team.split(a, width, 1, |start, a| f(a, &b[start..start + a.len()]));
 }
 
-/// Turns queries and keys to their positions, writes keys and values of
-/// `layer` to the caches, and attends: `out[row] = attention(q[row])`.
-pub(super) fn attention(
+/// Turns queries and keys to their positions, and writes keys and values of
+/// `layer` to the caches.
+pub(super) fn place(
     m: &Machine,
     dims: &Dims,
     layer: usize,
-    rows: &[Row],
+    angles: &[f32],
     batch: &mut [Segment<'_>],
     [q, k, v]: [&mut [f32]; 3],
-    out: &mut [f32],
 ) {
-    let (q_width, kv_width) = (dims.q_width(), dims.kv_width());
+    let (q_width, kv_width, head_dim) = (dims.q_width(), dims.kv_width(), dims.head_dim);
     for (x, width) in [(&mut *q, q_width), (&mut *k, kv_width)] {
         m.team.split(x, width, 1, |start, x| {
             for (i, x) in x.chunks_exact_mut(width).enumerate() {
-                rotate(m.isa, &rows[start / width + i].angles, x);
+                rotate(m.isa, &angles[(start / width + i) * head_dim..][..head_dim], x);
             }
         });
     }
     let mut at = 0;
     for Segment { tokens, cache } in batch.iter_mut() {
         let part = at * kv_width..(at + tokens.len()) * kv_width;
-        cache.write(layer, cache.len(), &k[part.clone()], &v[part]);
+        cache.write(m.isa, layer, cache.len(), &k[part.clone()], &v[part]);
         at += tokens.len();
     }
-    // One item of work: one row's query heads over one key/value head.
-    let group = q_width / dims.n_kv_heads;
-    let batch = &*batch;
-    m.team.split(out, group, CHUNKS, |start, out| {
-        for (i, out) in out.chunks_exact_mut(group).enumerate() {
-            let item = start / group + i;
-            let row = &rows[item / dims.n_kv_heads];
-            let cache = &*batch[row.segment].cache;
-            let q = &q[item * group..][..group];
-            attend(m.isa, q, cache, layer, item % dims.n_kv_heads, row.position + 1, out);
-        }
-    });
 }
 
-/// Final norm and head for the rows in `wanted`: `[wanted][vocab]`.
+/// `out[row] = attention(q[row])`.
+pub(super) fn attention(
+    m: &Machine,
+    dims: &Dims,
+    layer: usize,
+    rows: &[Row],
+    batch: &[Segment<'_>],
+    q: &[f32],
+    parts: &mut Vec<f32>,
+    out: &mut [f32],
+) -> Result<(), Error> {
+    // One item of work: one row's query heads over one key/value head.
+    let (head_dim, group) = (dims.head_dim, dims.q_width() / dims.n_kv_heads);
+    let keys = |item: usize| {
+        let row = &rows[item / dims.n_kv_heads];
+        let cache = &*batch[row.segment].cache;
+        Keys { cache, layer, kv_head: item % dims.n_kv_heads, n_keys: row.position + 1 }
+    };
+    let items = rows.len() * dims.n_kv_heads;
+    let blocks = if rows.len() == 1 { keys(0).blocks() } else { 1 };
+    if blocks == 1 || items >= CHUNKS * m.team.threads() || m.team.threads() == 1 {
+        m.team.split(out, group, CHUNKS, |start, out| {
+            for (i, out) in out.chunks_exact_mut(group).enumerate() {
+                let item = start / group + i;
+                attend(m.isa, &q[item * group..][..group], keys(item), out);
+            }
+        });
+        return Ok(());
+    }
+    // Few heads and many keys: the blocks of keys are dealt out, too.
+    let width = group / head_dim * block_width(head_dim);
+    resize(parts, items * blocks, width)?;
+    m.team.split(parts, width, CHUNKS, |start, mut parts| {
+        let mut at = start / width;
+        while !parts.is_empty() {
+            let (item, first) = (at / blocks, at % blocks);
+            let n = (blocks - first).min(parts.len() / width);
+            let (these, rest) = parts.split_at_mut(n * width);
+            let q = &q[item * group..][..group];
+            attend_blocks(m.isa, q, keys(item), first..first + n, these);
+            (parts, at) = (rest, at + n);
+        }
+    });
+    let parts = &*parts;
+    m.team.split(out, group, 1, |start, out| {
+        for (i, out) in out.chunks_exact_mut(group).enumerate() {
+            let item = start / group + i;
+            let parts = &parts[item * blocks * width..][..blocks * width];
+            merge_blocks(m.isa, parts, head_dim, out);
+        }
+    });
+    Ok(())
+}
+
+/// Final norm and head for the rows in `wants`.
 pub(super) fn logits(
     m: &Machine,
     h: &[f32],
-    wanted: &[usize],
+    wants: &[(usize, Want)],
     norm: &[f32],
     eps: f32,
-    head: &DenseMatrix,
-) -> Result<Vec<f32>, Error> {
+    embeddings: &Embeddings,
+    normed: &mut Vec<f32>,
+    scratch: &mut ScanScratch,
+) -> Result<Logits, Error> {
     let width = norm.len();
-    let mut normed = vec![0f32; wanted.len() * width];
-    for (out, &row) in normed.chunks_exact_mut(width).zip(wanted) {
+    resize(normed, wants.len(), width)?;
+    for (out, &(row, _)) in normed.chunks_exact_mut(width).zip(wants) {
         rms_norm(m.isa, &h[row * width..][..width], norm, eps, out);
     }
-    let xs: Vec<&[f32]> = normed.chunks_exact(width).collect();
-    let mut y = buffer(wanted.len(), head.rows())?;
-    let mut tasks = m.team.columns(&mut y, head.rows(), ROW_GROUP, CHUNKS);
-    m.team.for_each(&mut tasks, |(range, ys)| head.multiply(m.isa, range.clone(), &xs, ys));
-    Ok(y)
-}
-
-/// Counts every segment's tokens in its cache: the end of a forward pass.
-pub(super) fn commit(batch: &mut [Segment<'_>]) {
-    for Segment { tokens, cache } in batch {
-        cache.advance(tokens.len());
+    m.team.lap("norm, quantize");
+    let head = embeddings.head();
+    let (mut full, mut best, mut ks) = (Vec::new(), Vec::new(), Vec::new());
+    for (x, (_, want)) in normed.chunks_exact(width).zip(wants) {
+        match want {
+            Want::Nothing => {}
+            Want::All => full.push(x),
+            Want::Top(k) => {
+                best.push(x);
+                ks.push(*k);
+            }
+        }
     }
+    let mut rows = Vec::new();
+    if !full.is_empty() {
+        resize(&mut rows, full.len(), head.rows())?;
+        if let [_] = full[..] {
+            m.team.split(&mut rows, 4, 2 * CHUNKS, |start, part| {
+                head.multiply(m.isa, start..start + part.len(), &full, &mut [part]);
+            });
+        } else {
+            let mut tasks = m.team.columns(&mut rows, head.rows(), 4, 2 * CHUNKS);
+            m.team.for_each(&mut tasks, |(range, ys)| {
+                head.multiply(m.isa, range.clone(), &full, ys);
+            });
+        }
+        m.team.lap("head, all logits");
+    }
+    let top = if best.is_empty() {
+        Vec::new()
+    } else {
+        top_logits(head, &embeddings.scan, m.isa, &m.team, &best, &ks, scratch)
+    };
+    embeddings.count(&top);
+    Ok(Logits { rows, top })
 }

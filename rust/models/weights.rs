@@ -1,11 +1,15 @@
 //! Named tensors in, packed matrices out: one tensor at a time, so that
 //! loading needs the packed model and one tensor of memory.
 
-use super::{Dims, Machine};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{Dims, HeadUse, Machine};
 use crate::error::{Error, invalid};
 use crate::floats::{Bf16, Element, F16};
 use crate::kernels::PackedMatrix;
-use crate::ops::dense::{DenseMatrix, StoredFloats};
+use crate::ops::dense::{DenseMatrix, Floats};
+use crate::ops::head::{ScanRows, TopLogits};
 use crate::ternary::{TernaryMatrix, abs_sum, absmean_row, absmean_scale};
 use crate::threads::Team;
 
@@ -57,6 +61,32 @@ pub trait Weights {
     /// # Errors
     /// [`Error::MissingTensor`], a failure of the source, or what `visit` returned.
     fn visit(&self, name: &str, visit: &mut Visit<'_>) -> Result<(), Error>;
+
+    /// Fetches a tensor of floats for good, with its shape: a source that can
+    /// leave it where it is, does.
+    ///
+    /// # Errors
+    /// As [`visit`](Weights::visit); int8 elements.
+    fn keep(&self, name: &str) -> Result<(Vec<usize>, Floats), Error> {
+        let mut out = None;
+        self.visit(name, &mut |tensor| {
+            let floats = match tensor.data {
+                TensorData::F32(v) => Floats::F32(Arc::new(v.to_vec())),
+                TensorData::F16(v) => {
+                    Floats::F16(Arc::new(v.iter().map(|&b| F16(b)).collect::<Vec<_>>()))
+                }
+                TensorData::Bf16(v) => {
+                    Floats::Bf16(Arc::new(v.iter().map(|&b| Bf16(b)).collect::<Vec<_>>()))
+                }
+                TensorData::I8(_) => {
+                    return named(name, Err(invalid!("has dtype int8; wanted floats")));
+                }
+            };
+            out = Some((tensor.shape.to_vec(), floats));
+            Ok(())
+        })?;
+        out.ok_or_else(|| Error::MissingTensor(name.to_owned()))
+    }
 }
 
 /// Names the tensor in an error about its content.
@@ -67,12 +97,9 @@ fn named<T>(name: &str, result: Result<T, Error>) -> Result<T, Error> {
     })
 }
 
-fn check_shape(tensor: &Tensor<'_>, wanted: &[usize]) -> Result<(), Error> {
-    if tensor.shape != wanted {
-        return Err(invalid!(
-            "has shape {:?}; wanted {wanted:?} by the sizes in the config",
-            tensor.shape
-        ));
+fn check_shape(shape: &[usize], wanted: &[usize]) -> Result<(), Error> {
+    if shape != wanted {
+        return Err(invalid!("has shape {shape:?}; wanted {wanted:?} by the sizes in the config"));
     }
     Ok(())
 }
@@ -81,7 +108,7 @@ fn check_shape(tensor: &Tensor<'_>, wanted: &[usize]) -> Result<(), Error> {
 pub(super) fn vector(weights: &dyn Weights, name: &str, len: usize) -> Result<Vec<f32>, Error> {
     let mut out = Vec::new();
     weights.visit(name, &mut |tensor| {
-        named(name, check_shape(tensor, &[len]))?;
+        named(name, check_shape(tensor.shape, &[len]))?;
         match tensor.data {
             TensorData::F32(v) if v.iter().all(|x| x.is_finite()) => out = v.to_vec(),
             TensorData::F32(_) => {
@@ -98,29 +125,17 @@ pub(super) fn vector(weights: &dyn Weights, name: &str, len: usize) -> Result<Ve
 }
 
 /// A float matrix, kept as stored.
-pub(super) fn dense(
+fn dense(
     weights: &dyn Weights,
     machine: &Machine,
     name: &str,
     rows: usize,
     cols: usize,
 ) -> Result<DenseMatrix, Error> {
-    let mut out = None;
-    weights.visit(name, &mut |tensor| {
-        named(name, check_shape(tensor, &[rows, cols]))?;
-        let data = match tensor.data {
-            TensorData::F32(v) => StoredFloats::F32(v),
-            TensorData::F16(v) => StoredFloats::F16(v),
-            TensorData::Bf16(v) => StoredFloats::Bf16(v),
-            TensorData::I8(_) => {
-                return named(name, Err(invalid!("has dtype int8; wanted floats")));
-            }
-        };
-        let team = &machine.team;
-        out = Some(named(name, team.run(|| DenseMatrix::new(rows, cols, data, team))?)?);
-        Ok(())
-    })?;
-    out.ok_or_else(|| Error::MissingTensor(name.to_owned()))
+    let (shape, floats) = weights.keep(name)?;
+    named(name, check_shape(&shape, &[rows, cols]))?;
+    let team = &machine.team;
+    named(name, team.run(|| DenseMatrix::new(rows, cols, floats, machine.isa, team))?)
 }
 
 /// A ternary matrix: trits with a scale, or masters to be quantized.
@@ -139,7 +154,7 @@ pub(super) fn ternary(
     };
     let mut out = None;
     weights.visit(name, &mut |tensor| {
-        named(name, check_shape(tensor, &[rows, cols]))?;
+        named(name, check_shape(tensor.shape, &[rows, cols]))?;
         let packed = match (tensor.data, scale) {
             (TensorData::I8(trits), Some(scale)) => pack(machine, trits, rows, cols, scale),
             (TensorData::I8(_), None) => {
@@ -227,11 +242,16 @@ pub(crate) fn absmean_matrix<T: Sync>(
     .map(|scale| (trits, scale))
 }
 
-/// The token embedding and the head, which may be the same matrix.
+/// The token embedding and the head, which may be the same matrix, and the
+/// head's int8 form.
 pub(super) struct Embeddings {
     pub(super) tokens: DenseMatrix,
     /// `None` when tied.
     head: Option<DenseMatrix>,
+    pub(super) scan: ScanRows,
+    scans: AtomicU64,
+    full: AtomicU64,
+    rescored: AtomicU64,
 }
 
 impl Embeddings {
@@ -239,7 +259,10 @@ impl Embeddings {
         let matrix = |name| dense(weights, m, name, dims.vocab, dims.hidden);
         let tokens = matrix("model.embed_tokens.weight")?;
         let head = if dims.tied { None } else { Some(matrix("lm_head.weight")?) };
-        Ok(Self { tokens, head })
+        let exact = head.as_ref().unwrap_or(&tokens);
+        let scan = m.team.run(|| ScanRows::new(exact, m.isa, &m.team))?;
+        let [scans, full, rescored] = [const { AtomicU64::new(0) }; 3];
+        Ok(Self { tokens, head, scan, scans, full, rescored })
     }
 
     pub(super) fn head(&self) -> &DenseMatrix {
@@ -252,5 +275,23 @@ impl Embeddings {
             .into_iter()
             .flatten()
             .fold((0, 0), |(params, bytes), m| (params + m.rows() * m.cols(), bytes + m.n_bytes()))
+    }
+
+    /// Counts what was done for the best logits of some tokens.
+    pub(super) fn count(&self, top: &[TopLogits]) {
+        for top in top {
+            self.scans.fetch_add(1, Ordering::Relaxed);
+            if top.rescored == self.head().rows() {
+                self.full.fetch_add(1, Ordering::Relaxed);
+            } else {
+                self.rescored.fetch_add(top.rescored as u64, Ordering::Relaxed);
+            }
+        }
+    }
+
+    pub(super) fn head_use(&self) -> HeadUse {
+        let [scans, full, rescored] =
+            [&self.scans, &self.full, &self.rescored].map(|n| n.load(Ordering::Relaxed));
+        HeadUse { scans, full, rescored }
     }
 }

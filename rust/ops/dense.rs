@@ -1,101 +1,99 @@
 //! Float matrices: the token embeddings and the `lm_head`, kept as stored
-//! (bfloat16, float16 or float32, which all convert exactly).
+//! (bfloat16, float16 or float32, which all convert exactly) and where they
+//! are: a tensor that is mapped from a file stays mapped.
 //!
 //! A logit is one dot product: 16 interleaved chains of fused multiply-adds
 //! along the row, then a fixed tree. Rows are independent, so tiles of rows
 //! and threads change nothing.
 //!
-//! Four rows are interleaved, 32 columns at a time: their four chains hide the
-//! latency of a fused multiply-add, and memory is read in one stream. One row
-//! at a time, the single chain bounds the speed (11 instead of 20 GB/s on a
-//! thread); four rows apart are four streams, which the memory serves at half
-//! its speed.
+//! Rows are multiplied [`ROW_TILE`] at a time, whose chains hide each other's
+//! latency, and asked for a tile ahead: read without being asked for, four rows
+//! side by side come at half the speed of one stream.
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::lanes::{LaneOp, Lanes, Load, dispatch};
-use super::tree_sum;
+use super::{tree_sum, zero_padded};
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::floats::{Bf16, Element, F16, LANES};
 use crate::threads::Team;
 
-/// Interleaved rows. Split the rows of a product at multiples of it.
-pub const ROW_GROUP: usize = 4;
+/// Rows that are multiplied side by side.
+const ROW_TILE: usize = 4;
 
-/// Columns of one row that stand together: a cache line of 16-bit numbers.
-const CHUNK: usize = 2 * LANES;
+/// Elements that somebody keeps alive and unchanged: a vector, a mapped file.
+pub type Shared<T> = Arc<dyn AsRef<[T]> + Send + Sync>;
 
-/// Row-major elements to make a matrix from.
-#[derive(Clone, Copy)]
-pub enum StoredFloats<'a> {
+/// Row-major elements of a matrix.
+#[derive(Clone)]
+pub enum Floats {
     /// float32.
-    F32(&'a [f32]),
-    /// float16, as bits.
-    F16(&'a [u16]),
-    /// bfloat16, as bits.
-    Bf16(&'a [u16]),
+    F32(Shared<f32>),
+    /// float16.
+    F16(Shared<F16>),
+    /// bfloat16.
+    Bf16(Shared<Bf16>),
 }
 
-/// [`CHUNK`] elements, on a cache line of their own: loads never cross two.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Chunk<E>([E; CHUNK]);
-
-/// Interleaved elements: chunk `c` of row `4 g + i` stands at
-/// `(g * chunks + c) * 4 + i`; what is past the last row or column is zero.
-enum Chunks {
-    F32(Vec<Chunk<f32>>),
-    F16(Vec<Chunk<F16>>),
-    Bf16(Vec<Chunk<Bf16>>),
+/// Runs `$body` with `$data` as the slice of whichever type it is.
+macro_rules! with_elements {
+    ($floats:expr, $data:ident => $body:expr) => {
+        match $floats {
+            $crate::ops::dense::Floats::F32(shared) => {
+                let $data: &[f32] = (**shared).as_ref();
+                $body
+            }
+            $crate::ops::dense::Floats::F16(shared) => {
+                let $data: &[$crate::floats::F16] = (**shared).as_ref();
+                $body
+            }
+            $crate::ops::dense::Floats::Bf16(shared) => {
+                let $data: &[$crate::floats::Bf16] = (**shared).as_ref();
+                $body
+            }
+        }
+    };
 }
+pub(super) use with_elements;
 
 /// A float matrix.
 pub struct DenseMatrix {
     rows: usize,
     cols: usize,
-    chunks: Chunks,
+    data: Floats,
 }
 
 impl DenseMatrix {
-    /// Copies `rows * cols` finite elements, rows in parallel. Call it inside
-    /// [`Team::run`].
+    /// Takes `rows * cols` finite elements. Call it inside [`Team::run`].
     ///
     /// # Errors
     /// A length that does not fit, or a value that is infinite or not a number.
     pub fn new(
         rows: usize,
         cols: usize,
-        data: StoredFloats<'_>,
+        data: Floats,
+        isa: Isa,
         team: &Team,
     ) -> Result<Self, Error> {
-        let len = match data {
-            StoredFloats::F32(v) => v.len(),
-            StoredFloats::F16(v) | StoredFloats::Bf16(v) => v.len(),
-        };
-        if rows == 0 || cols == 0 || rows.checked_mul(cols) != Some(len) {
-            return Err(invalid!("{len} values for a matrix of {rows} x {cols}"));
-        }
-        // A stored number is infinite or NaN exactly if its exponent bits are
-        // all set.
-        let bad = match data {
-            StoredFloats::F32(v) => v.iter().fold(0, |bad, x| bad | u32::from(!x.is_finite())),
-            StoredFloats::F16(v) => {
-                v.iter().fold(0, |bad, x| bad | u32::from(x & 0x7c00 == 0x7c00))
+        let finite = with_elements!(&data, data => {
+            if rows == 0 || cols == 0 || rows.checked_mul(cols) != Some(data.len()) {
+                return Err(invalid!("{} values for a matrix of {rows} x {cols}", data.len()));
             }
-            StoredFloats::Bf16(v) => {
-                v.iter().fold(0, |bad, x| bad | u32::from(x & 0x7f80 == 0x7f80))
-            }
-        };
-        if bad != 0 {
+            let finite = AtomicBool::new(true);
+            team.each_range(rows, 1, CHUNKS, |rows| {
+                if !all_finite(isa, &data[rows.start * cols..rows.end * cols]) {
+                    finite.store(false, Ordering::Relaxed);
+                }
+            });
+            finite.into_inner()
+        });
+        if !finite {
             return Err(invalid!("holds infinities or NaNs; wanted finite numbers"));
         }
-        let chunks = match data {
-            StoredFloats::F32(v) => Chunks::F32(interleave(rows, cols, v, |x| x, team)),
-            StoredFloats::F16(v) => Chunks::F16(interleave(rows, cols, v, F16, team)),
-            StoredFloats::Bf16(v) => Chunks::Bf16(interleave(rows, cols, v, Bf16, team)),
-        };
-        Ok(Self { rows, cols, chunks })
+        Ok(Self { rows, cols, data })
     }
 
     /// Out-features, or the vocabulary.
@@ -110,125 +108,128 @@ impl DenseMatrix {
         self.cols
     }
 
-    /// Bytes in memory.
+    /// Bytes of the elements.
     #[must_use]
     pub fn n_bytes(&self) -> usize {
-        match &self.chunks {
-            Chunks::F32(v) => size_of_val(&v[..]),
-            Chunks::F16(v) => size_of_val(&v[..]),
-            Chunks::Bf16(v) => size_of_val(&v[..]),
-        }
+        with_elements!(&self.data, data => size_of_val(data))
+    }
+
+    /// The elements.
+    pub(super) fn data(&self) -> &Floats {
+        &self.data
     }
 
     /// Copies row `r` as float32.
     pub fn row(&self, r: usize, out: &mut [f32]) {
-        let chunks = self.cols.div_ceil(CHUNK);
-        let first = r / ROW_GROUP * chunks * ROW_GROUP + r % ROW_GROUP;
-        match &self.chunks {
-            Chunks::F32(v) => widen(v[first..].iter().step_by(ROW_GROUP), out),
-            Chunks::F16(v) => widen(v[first..].iter().step_by(ROW_GROUP), out),
-            Chunks::Bf16(v) => widen(v[first..].iter().step_by(ROW_GROUP), out),
-        }
+        with_elements!(&self.data, data => {
+            for (out, x) in out.iter_mut().zip(&data[r * self.cols..][..self.cols]) {
+                *out = x.to_f32();
+            }
+        });
     }
 
-    /// `ys[t][r - rows.start] = row r . xs[t]`. `rows` starts at a multiple of
-    /// [`ROW_GROUP`].
+    /// `ys[t][r - rows.start] = row r . xs[t]`.
     pub fn multiply(&self, isa: Isa, rows: Range<usize>, xs: &[&[f32]], ys: &mut [&mut [f32]]) {
         assert!(xs.iter().all(|x| x.len() == self.cols), "input length");
-        assert!(rows.start.is_multiple_of(ROW_GROUP) && rows.end <= self.rows, "row range");
-        let group = self.cols.div_ceil(CHUNK) * ROW_GROUP;
-        let part = rows.start / ROW_GROUP * group..rows.end.div_ceil(ROW_GROUP) * group;
-        // Aligned and padded with zeros, which add nothing to a lane.
-        let padded = |x: &&[f32]| -> Vec<Chunk<f32>> {
-            x.chunks(CHUNK)
-                .map(|from| {
-                    let mut to = Chunk([0f32; CHUNK]);
-                    to.0[..from.len()].copy_from_slice(from);
-                    to
-                })
-                .collect()
-        };
-        let xs = &xs.iter().map(padded).collect::<Vec<_>>()[..];
-        match &self.chunks {
-            Chunks::F32(v) => dispatch(isa, Multiply { data: &v[part], group, xs, ys }),
-            Chunks::F16(v) => dispatch(isa, Multiply { data: &v[part], group, xs, ys }),
-            Chunks::Bf16(v) => dispatch(isa, Multiply { data: &v[part], group, xs, ys }),
-        }
+        let cols = self.cols;
+        with_elements!(&self.data, data => {
+            let data = &data[rows.start * cols..rows.end * cols];
+            dispatch(isa, Multiply { data, cols, xs, ys });
+        });
+    }
+
+    /// `out[i] = row ids[i] . x`: the same bits as [`multiply`](Self::multiply).
+    pub(super) fn dots_of(&self, isa: Isa, ids: &[u32], x: &[f32], out: &mut [f32]) {
+        assert!(x.len() == self.cols && ids.len() == out.len(), "lengths");
+        let cols = self.cols;
+        with_elements!(&self.data, data => {
+            dispatch(isa, DotsOf { data, cols, ids, x, out });
+        });
     }
 }
 
-fn interleave<S: Copy + Sync, E: Element>(
-    rows: usize,
-    cols: usize,
-    data: &[S],
-    element: impl Fn(S) -> E + Sync,
-    team: &Team,
-) -> Vec<Chunk<E>> {
-    let group = cols.div_ceil(CHUNK) * ROW_GROUP;
-    let mut out = vec![Chunk([E::default(); CHUNK]); rows.div_ceil(ROW_GROUP) * group];
-    team.split(&mut out, group, 4, |start, out| {
-        for (g, out) in out.chunks_exact_mut(group).enumerate() {
-            let first = (start / group + g) * ROW_GROUP;
-            for i in 0..ROW_GROUP.min(rows - first) {
-                let row = &data[(first + i) * cols..][..cols];
-                for (c, from) in row.chunks(CHUNK).enumerate() {
-                    for (to, &x) in out[c * ROW_GROUP + i].0.iter_mut().zip(from) {
-                        *to = element(x);
-                    }
-                }
-            }
-        }
-    });
-    out
-}
+/// Work items handed out per thread, where rows are read from memory.
+const CHUNKS: usize = 8;
 
-fn widen<'a, E: Element>(chunks: impl Iterator<Item = &'a Chunk<E>>, out: &mut [f32]) {
-    for (out, chunk) in out.chunks_mut(CHUNK).zip(chunks) {
-        for (o, x) in out.iter_mut().zip(&chunk.0) {
-            *o = x.to_f32();
-        }
-    }
+fn all_finite<E: Element>(isa: Isa, data: &[E]) -> bool {
+    isa.vectorize(
+        #[inline(always)]
+        || data.iter().fold(true, |finite, x| finite & x.is_finite()),
+    )
 }
 
 /// Row groups times inputs.
 struct Multiply<'a, 'y, E> {
-    data: &'a [Chunk<E>],
-    /// Chunks of a row group.
-    group: usize,
-    xs: &'a [Vec<Chunk<f32>>],
+    data: &'a [E],
+    cols: usize,
+    xs: &'a [&'a [f32]],
     ys: &'a mut [&'y mut [f32]],
 }
 
 impl<E: Load> LaneOp for Multiply<'_, '_, E> {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        for (g, group) in self.data.chunks_exact(self.group).enumerate() {
+        let tile = ROW_TILE * self.cols;
+        let tiles = self.data.chunks_exact(tile);
+        let rest = tiles.remainder();
+        for (g, rows) in tiles.enumerate() {
             for (x, y) in self.xs.iter().zip(self.ys.iter_mut()) {
-                let dots = dots(lanes, group, x);
-                y[g * ROW_GROUP..].iter_mut().zip(dots).for_each(|(y, dot)| *y = dot);
+                let dots = dots::<ROW_TILE, _, _>(lanes, rows, x);
+                y[g * ROW_TILE..][..ROW_TILE].copy_from_slice(&dots);
+            }
+        }
+        let first = self.data.len() / tile * ROW_TILE;
+        for (r, row) in rest.chunks_exact(self.cols).enumerate() {
+            for (x, y) in self.xs.iter().zip(self.ys.iter_mut()) {
+                [y[first + r]] = dots::<1, _, _>(lanes, row, x);
             }
         }
     }
 }
 
-/// The definition of a dot product, for the rows of a group side by side.
+/// Single rows, here and there.
+struct DotsOf<'a, E> {
+    data: &'a [E],
+    cols: usize,
+    ids: &'a [u32],
+    x: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl<E: Load> LaneOp for DotsOf<'_, E> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        for (&id, out) in self.ids.iter().zip(self.out) {
+            let row = &self.data[id as usize * self.cols..][..self.cols];
+            [*out] = dots::<1, _, _>(lanes, row, self.x);
+        }
+    }
+}
+
+/// The definition of a dot product, for `R` rows side by side.
 #[inline(always)]
-fn dots<E: Load, L: Lanes>(l: L, group: &[Chunk<E>], x: &[Chunk<f32>]) -> [f32; ROW_GROUP] {
-    let mut acc = [l.splat(0.0); ROW_GROUP];
-    for (rows, x) in group.as_chunks::<ROW_GROUP>().0.iter().zip(x) {
-        let [low, high] = halves(x).map(|half| l.load_f32(half));
-        for i in 0..ROW_GROUP {
-            let [a, b] = halves(&rows[i]).map(|half| E::load(l, half));
-            acc[i] = l.fma(b, high, l.fma(a, low, acc[i]));
+fn dots<const R: usize, E: Load, L: Lanes>(l: L, rows: &[E], x: &[f32]) -> [f32; R] {
+    let cols = x.len();
+    let rows: [&[E]; R] = std::array::from_fn(|i| &rows[i * cols..][..cols]);
+    let rows = rows.map(|row| row.as_chunks::<LANES>());
+    let (x, x_tail) = x.as_chunks::<LANES>();
+    let mut acc = [l.splat(0.0); R];
+    for (c, x) in x.iter().enumerate() {
+        let x = l.load_f32(x);
+        for i in 0..R {
+            let chunk = &rows[i].0[c];
+            // The same place of the next tile, half a cache line or more at a time.
+            l.prefetch(chunk.as_ptr().wrapping_add(R * cols));
+            acc[i] = l.fma(E::load(l, chunk), x, acc[i]);
+        }
+    }
+    if !x_tail.is_empty() {
+        let x = l.load_f32(&zero_padded(x_tail));
+        for i in 0..R {
+            acc[i] = l.fma(E::load(l, &zero_padded(rows[i].1)), x, acc[i]);
         }
     }
     acc.map(|v| tree_sum(l.to_array(v)))
-}
-
-#[inline(always)]
-fn halves<E>(chunk: &Chunk<E>) -> [&[E; LANES]; 2] {
-    let [a, b] = chunk.0.as_chunks::<LANES>().0 else { unreachable!("32 is 2 * 16") };
-    [a, b]
 }
 
 #[cfg(test)]
@@ -238,11 +239,28 @@ mod tests {
     #[test]
     fn refuses_what_is_not_finite() {
         let team = Team::new(Some(1)).unwrap();
-        let make = |cols, data| DenseMatrix::new(1, cols, data, &team);
-        assert!(make(2, StoredFloats::F16(&[0, 0x7c00])).is_err());
-        assert!(make(2, StoredFloats::Bf16(&[0xffc0, 0])).is_err());
-        assert!(make(2, StoredFloats::F32(&[0.0, f32::NAN])).is_err());
-        assert!(make(2, StoredFloats::F32(&[0.0; 3])).is_err());
-        assert!(make(2, StoredFloats::Bf16(&[0x7f7f, 1])).is_ok());
+        for n in [1, 15, 16, 17, 40] {
+            for at in [0, n / 2, n - 1] {
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let make = |data| DenseMatrix::new(1, n, data, Isa::GENERIC, &team);
+                    let with = |bad| (0..n).map(|i| if i == at { bad } else { 3e38 }).collect();
+                    let values: Vec<f32> = with(bad);
+                    let f16 = |&v: &f32| F16(half::f16::from_f32(v.clamp(-6e4, 6e4)).to_bits());
+                    let f16_bad = F16(half::f16::from_f32(bad).to_bits());
+                    let mut halves: Vec<F16> = values.iter().map(f16).collect();
+                    assert!(
+                        values[at].is_nan() || make(Floats::F16(Arc::new(halves.clone()))).is_ok()
+                    );
+                    halves[at] = f16_bad;
+                    assert!(make(Floats::F16(Arc::new(halves))).is_err());
+                    let brain = |v: &f32| Bf16(half::bf16::from_f32(*v).to_bits());
+                    let brains: Vec<Bf16> = values.iter().map(brain).collect();
+                    assert!(make(Floats::Bf16(Arc::new(brains))).is_err());
+                    assert!(make(Floats::F32(Arc::new(values))).is_err());
+                    assert!(make(Floats::F32(Arc::new(with(-3e38)))).is_ok());
+                    assert!(make(Floats::F32(Arc::new(vec![0.0; n + 1]))).is_err());
+                }
+            }
+        }
     }
 }

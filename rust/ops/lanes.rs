@@ -1,7 +1,8 @@
 //! The few instructions that the hot loops of the float half are written in:
-//! sixteen float32 lanes, loads from the stored types, and one fused
-//! multiply-add. Not a SIMD library: the three loops over it (dot products of
-//! the head, attention's scores, attention's values) need just these.
+//! sixteen float32 lanes, loads from the stored types, one fused multiply-add,
+//! an integer dot product and a prefetch. Not a SIMD library: the four loops
+//! over it (dot products of the head and of its scan, attention's scores,
+//! attention's values) need just these.
 //!
 //! The compiler vectorizes plain loops over `[f32; 16]` well, but it keeps
 //! arrays of accumulators in memory. With values of a register type it keeps
@@ -19,6 +20,8 @@ use crate::floats::{Bf16, Element, F16, LANES};
 pub(crate) trait Lanes: Copy {
     /// Their register type.
     type V: Copy;
+    /// Partial sums in int32, however many.
+    type I: Copy;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
@@ -32,7 +35,22 @@ pub(crate) trait Lanes: Copy {
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The lanes as an array.
     fn to_array(self, v: Self::V) -> [f32; LANES];
+    /// Sum of products, which the caller knows to fit. Wrapping sums do not
+    /// depend on their order.
+    fn dot_i8_i16(self, a: &[i8; DOT], b: &[i16; DOT]) -> Self::I;
+    /// No sum yet.
+    fn zero(self) -> Self::I;
+    /// `a + b` in each lane.
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
+    /// The lanes added up.
+    fn sum_i32(self, a: Self::I) -> i32;
+    /// Asks for the cache line at `p`, which need not exist.
+    fn prefetch<T>(self, p: *const T);
 }
+
+/// Elements of one integer dot product of [`Lanes`]: two rounds of the widest
+/// registers.
+pub(crate) const DOT: usize = 64;
 
 /// The definition, in scalar code.
 #[derive(Clone, Copy)]
@@ -40,6 +58,7 @@ pub(crate) struct Portable;
 
 impl Lanes for Portable {
     type V = [f32; LANES];
+    type I = [i32; LANES];
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -70,6 +89,34 @@ impl Lanes for Portable {
     fn to_array(self, v: Self::V) -> [f32; LANES] {
         v
     }
+
+    #[inline(always)]
+    fn dot_i8_i16(self, a: &[i8; DOT], b: &[i16; DOT]) -> Self::I {
+        let mut sums = [0i32; LANES];
+        for i in 0..DOT {
+            sums[i % LANES] += i32::from(a[i]) * i32::from(b[i]);
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn zero(self) -> Self::I {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
+        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
+    }
+
+    #[inline(always)]
+    fn sum_i32(self, a: Self::I) -> i32 {
+        a.iter().fold(0, |sum, &lane| sum.wrapping_add(lane))
+    }
+
+    /// The portable code leaves it to the hardware.
+    #[inline(always)]
+    fn prefetch<T>(self, _p: *const T) {}
 }
 
 /// A stored type that lanes can be loaded from.

@@ -9,6 +9,7 @@ pub mod activation;
 pub mod attention;
 pub mod dense;
 pub mod exp;
+pub mod head;
 pub(crate) mod lanes;
 pub mod rms_norm;
 pub mod rope;

@@ -27,11 +27,12 @@ impl Rope {
 
     /// The cosines, then the sines, of a position's angles: `head_dim` numbers
     /// that all layers share.
-    #[must_use]
-    pub fn angles(&self, position: usize) -> Vec<f32> {
-        let angles = self.inv_freq.iter().map(|f| f64::from(position as f32 * f));
-        let cos = angles.clone().map(|angle| libm::cos(angle) as f32);
-        cos.chain(angles.map(|angle| libm::sin(angle) as f32)).collect()
+    pub fn angles(&self, position: usize, out: &mut [f32]) {
+        let (cos, sin) = out.split_at_mut(self.inv_freq.len());
+        for ((f, cos), sin) in self.inv_freq.iter().zip(cos).zip(sin) {
+            let angle = f64::from(position as f32 * f);
+            (*cos, *sin) = (libm::cos(angle) as f32, libm::sin(angle) as f32);
+        }
     }
 }
 
@@ -62,9 +63,12 @@ mod tests {
     fn turns_pairs_by_position_times_frequency() {
         let rope = Rope::new(4, 100.0);
         let mut x = [1.0, 2.0, 3.0, 4.0];
-        rotate(Isa::GENERIC, &rope.angles(0), &mut x);
+        let mut angles = [0f32; 4];
+        rope.angles(0, &mut angles);
+        rotate(Isa::GENERIC, &angles, &mut x);
         assert_eq!(x, [1.0, 2.0, 3.0, 4.0]);
-        rotate(Isa::GENERIC, &rope.angles(7), &mut x);
+        rope.angles(7, &mut angles);
+        rotate(Isa::GENERIC, &angles, &mut x);
         for (i, freq) in [(0, 1.0f64), (1, 0.1)] {
             let (sin, cos) = (7.0 * freq).sin_cos();
             let (a, b) = ([1.0, 2.0][i], [3.0, 4.0][i]);

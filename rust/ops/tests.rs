@@ -1,13 +1,17 @@
 //! One runner for all ops: every instruction set that the machine has against
 //! the generic one, bit for bit, and the generic one against float64.
 
+use std::sync::Arc;
+
 use super::activation::{Activation, add, gate_up};
-use super::attention::{KEY_BLOCK, attend};
-use super::dense::{DenseMatrix, ROW_GROUP, StoredFloats};
+use super::attention::{KEY_BLOCK, Keys, attend, attend_blocks, block_width, merge_blocks};
+use super::dense::{DenseMatrix, Floats};
 use super::exp::exp_in_place;
+use super::head::{ScanRows, ScanScratch, top_logits};
 use super::rms_norm::rms_norm;
 use super::rope::{Rope, rotate};
 use crate::cpu::Isa;
+use crate::floats::{Bf16, F16};
 use crate::kv_cache::{KvCache, KvDtype, KvShape, ModelId};
 use crate::threads::Team;
 
@@ -106,7 +110,8 @@ fn activations_are_the_same_everywhere_and_right() {
 #[test]
 fn rope_is_the_same_everywhere() {
     for head_dim in [2, 20, 96, 100, 128] {
-        let angles = Rope::new(head_dim, 500_000.0).angles(4095);
+        let mut angles = vec![0f32; head_dim];
+        Rope::new(head_dim, 500_000.0).angles(4095, &mut angles);
         let x = values(3 * head_dim, 6);
         same_bits("rotate", |isa| {
             let mut y = x.clone();
@@ -121,22 +126,21 @@ fn the_head_is_the_same_everywhere_and_right() {
     for cols in WIDTHS {
         let rows = 11; // two groups and a part of one
         let w = values(rows * cols, 7);
-        let half: Vec<u16> = w.iter().map(|&v| half::f16::from_f32(v).to_bits()).collect();
-        let brain: Vec<u16> = w.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect();
+        let half: Vec<F16> = w.iter().map(|&v| F16(half::f16::from_f32(v).to_bits())).collect();
+        let brain: Vec<Bf16> = w.iter().map(|&v| Bf16(half::bf16::from_f32(v).to_bits())).collect();
         let xs: Vec<Vec<f32>> = (0..3).map(|t| values(cols, 8 + t)).collect();
         let xs: Vec<&[f32]> = xs.iter().map(Vec::as_slice).collect();
-        for (data, right_row) in [
-            (StoredFloats::F32(&w), w.clone()),
-            (
-                StoredFloats::F16(&half),
-                half.iter().map(|&b| half::f16::from_bits(b).to_f32()).collect(),
-            ),
-            (
-                StoredFloats::Bf16(&brain),
-                brain.iter().map(|&b| half::bf16::from_bits(b).to_f32()).collect(),
-            ),
+        let wide = |bits: &[F16]| bits.iter().map(|b| half::f16::from_bits(b.0).to_f32()).collect();
+        let wider =
+            |bits: &[Bf16]| bits.iter().map(|b| half::bf16::from_bits(b.0).to_f32()).collect();
+        for (right_row, data) in [
+            (w.clone(), Floats::F32(Arc::new(w.clone()))),
+            (wide(&half), Floats::F16(Arc::new(half.clone()))),
+            (wider(&brain), Floats::Bf16(Arc::new(brain.clone()))),
         ] {
-            let matrix = DenseMatrix::new(rows, cols, data, &Team::new(Some(1)).unwrap()).unwrap();
+            let right_row: Vec<f32> = right_row;
+            let team = Team::new(Some(1)).unwrap();
+            let matrix = DenseMatrix::new(rows, cols, data, Isa::GENERIC, &team).unwrap();
             let y = same_bits("head", |isa| {
                 let mut y = vec![0f32; 3 * rows];
                 let mut parts: Vec<&mut [f32]> = y.chunks_mut(rows).collect();
@@ -156,10 +160,10 @@ fn the_head_is_the_same_everywhere_and_right() {
             }
             // A part of the rows, one input: the same bits again.
             let mut part = [0f32; 3];
-            matrix.multiply(Isa::GENERIC, 2 * ROW_GROUP..rows, &xs[..1], &mut [&mut part]);
+            matrix.multiply(Isa::GENERIC, 8..rows, &xs[..1], &mut [&mut part]);
             assert_eq!(
                 part.map(f32::to_bits)[..],
-                y[2 * ROW_GROUP..rows].iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+                y[8..rows].iter().map(|v| v.to_bits()).collect::<Vec<_>>()
             );
         }
     }
@@ -168,7 +172,7 @@ fn the_head_is_the_same_everywhere_and_right() {
 fn cache(shape: KvShape, dtype: KvDtype, keys: &[f32], values: &[f32], n: usize) -> KvCache {
     let mut cache = KvCache::new(shape, n + 3, dtype).unwrap();
     cache.reserve(n).unwrap();
-    cache.write(0, 0, keys, values);
+    cache.write(Isa::GENERIC, 0, 0, keys, values);
     cache.advance(n);
     cache
 }
@@ -185,9 +189,23 @@ fn attention_is_the_same_everywhere_and_right() {
             let (k, v) = (unit(21), unit(22));
             for dtype in [KvDtype::F16, KvDtype::F32] {
                 let cache = cache(shape, dtype, &k, &v, n);
+                let keys = Keys { cache: &cache, layer: 0, kv_head: 0, n_keys: n };
                 let y = same_bits("attention", |isa| {
                     let mut out = vec![0f32; q.len()];
-                    attend(isa, &q, &cache, 0, 0, n, &mut out);
+                    attend(isa, &q, keys, &mut out);
+                    // Block by block, in two parts, then merged: the same bits.
+                    let width = group * block_width(head_dim);
+                    let mut parts = vec![0f32; keys.blocks() * width];
+                    let half = keys.blocks() / 2;
+                    let (first, second) = parts.split_at_mut(half * width);
+                    attend_blocks(isa, &q, keys, 0..half, first);
+                    attend_blocks(isa, &q, keys, half..keys.blocks(), second);
+                    let mut merged = vec![0f32; q.len()];
+                    merge_blocks(isa, &parts, head_dim, &mut merged);
+                    assert_eq!(
+                        out.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+                        merged.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
+                    );
                     out
                 });
                 if dtype == KvDtype::F16 {
@@ -236,8 +254,124 @@ fn later_keys_leave_no_trace() {
     for n in [1, 5, 16, 127, 128, 129] {
         let few = cache(shape, KvDtype::F16, &k[..n * 20], &v[..n * 20], n);
         let (mut a, mut b) = ([0f32; 20], [0f32; 20]);
-        attend(Isa::GENERIC, &q, &all, 0, 0, n, &mut a);
-        attend(Isa::GENERIC, &q, &few, 0, 0, n, &mut b);
+        let keys = |cache| Keys { cache, layer: 0, kv_head: 0, n_keys: n };
+        attend(Isa::GENERIC, &q, keys(&all), &mut a);
+        attend(Isa::GENERIC, &q, keys(&few), &mut b);
         assert_eq!(a.map(f32::to_bits), b.map(f32::to_bits), "{n} keys");
+    }
+}
+
+/// A head of `rows` rows and an input for it, of some kind of difficulty.
+fn hard_case(kind: usize, rows: usize, cols: usize, seed: u64) -> (Vec<f32>, Vec<f32>) {
+    let (mut w, mut x) = (values(rows * cols, seed), values(cols, seed + 1));
+    match kind {
+        // Rows that differ in their last bits, so that int8 cannot tell them apart.
+        0 => {
+            for r in 1..rows {
+                for c in 0..cols {
+                    let near =
+                        (w[c].to_bits() + (r * (c % 3 == 0) as usize) as u32 % 5).min(0x7f00_0000);
+                    w[r * cols + c] = if w[c] == 0.0 { 0.0 } else { f32::from_bits(near) };
+                }
+            }
+        }
+        // Equal rows, and with them equal logits.
+        1 => (1..rows).for_each(|r| w.copy_within((r % 3) * cols..(r % 3 + 1) * cols, r * cols)),
+        // Zero rows and tiny ones.
+        2 => w.iter_mut().enumerate().for_each(|(i, w)| {
+            *w *= [0.0, 1e-36, 1e-30, 1.0][i / cols % 4];
+        }),
+        // Large numbers: sums overflow.
+        3 => w.iter_mut().for_each(|w| *w *= 3e33),
+        // One outlier in each row, and in the input.
+        4 => {
+            (0..rows).for_each(|r| w[r * cols + r % cols] = 1e3);
+            x[0] = 1e6;
+        }
+        // Inputs of all sizes.
+        5 => x.iter_mut().for_each(|x| *x *= 1e-36),
+        6 => x.iter_mut().for_each(|x| *x *= 1e30),
+        7 => x.fill(0.0),
+        8 => x[cols / 2] = f32::NAN,
+        9 => x[cols - 1] = f32::INFINITY,
+        _ => {}
+    }
+    (w, x)
+}
+
+/// The scan against the full head, on every instruction set, whatever the
+/// numbers are.
+#[test]
+fn the_best_of_a_scan_are_the_best_of_all() {
+    let team = Team::new(Some(2)).unwrap();
+    let mut scratch = ScanScratch::default();
+    for (rows, cols) in [(1, 3), (37, 20), (700, 64), (1500, 100)] {
+        for kind in 0..=10 {
+            let (w, x) = hard_case(kind, rows, cols, 40 + kind as u64);
+            let other = values(cols, 60);
+            let xs = [&x[..], &other, &x];
+            for half in [false, true] {
+                let data = if half {
+                    let bits = |&v: &f32| Bf16(half::bf16::from_f32(v).to_bits());
+                    Floats::Bf16(Arc::new(w.iter().map(bits).collect::<Vec<_>>()))
+                } else {
+                    Floats::F32(Arc::new(w.clone()))
+                };
+                let exact = DenseMatrix::new(rows, cols, data, Isa::GENERIC, &team).unwrap();
+                let mut full = vec![0f32; 3 * rows];
+                let mut parts: Vec<&mut [f32]> = full.chunks_mut(rows).collect();
+                exact.multiply(Isa::GENERIC, 0..rows, &xs, &mut parts);
+                for isa in Isa::available() {
+                    let scan = ScanRows::new(&exact, isa, &team);
+                    for k in [1, 2, 40, 300] {
+                        let ks = [k, 1, 2 * k];
+                        let found = team
+                            .run(|| top_logits(&exact, &scan, isa, &team, &xs, &ks, &mut scratch))
+                            .unwrap();
+                        for (i, found) in found.iter().enumerate() {
+                            let row = &full[i * rows..][..rows];
+                            let mut ids: Vec<u32> = (0..rows as u32).collect();
+                            let key = |id: u32| row[id as usize];
+                            ids.sort_by(|&a, &b| {
+                                (key(b).is_nan().cmp(&key(a).is_nan()))
+                                    .then((key(b) + 0.0).total_cmp(&(key(a) + 0.0)))
+                                    .then(a.cmp(&b))
+                            });
+                            ids.truncate(ks[i]);
+                            ids.sort_unstable();
+                            assert_eq!(found.ids, ids, "{rows} x {cols}, kind {kind}, best {k}");
+                            for (&id, logit) in ids.iter().zip(&found.logits) {
+                                assert_eq!(logit.to_bits(), key(id).to_bits());
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What makes it worth it: few rows of a wide head are candidates.
+#[test]
+fn a_scan_leaves_few_candidates() {
+    let team = Team::new(Some(1)).unwrap();
+    let (rows, cols) = (4096, 512);
+    // About normal: sums of eight uniform numbers.
+    let normal = |n: usize, seed: u64| -> Vec<f32> {
+        let mut state = seed;
+        let mut uniform = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1u32 << 24) as f32 - 0.5
+        };
+        (0..n).map(|_| (0..8).map(|_| uniform()).sum()).collect()
+    };
+    let data = Floats::F32(Arc::new(normal(rows * cols, 1)));
+    let exact = DenseMatrix::new(rows, cols, data, Isa::GENERIC, &team).unwrap();
+    let scan = ScanRows::new(&exact, Isa::GENERIC, &team);
+    let mut scratch = ScanScratch::default();
+    for seed in 2..10 {
+        let x = normal(cols, seed);
+        let top = top_logits(&exact, &scan, Isa::GENERIC, &team, &[&x], &[1], &mut scratch);
+        assert!(top[0].rescored < rows / 50, "{}", top[0].rescored);
     }
 }

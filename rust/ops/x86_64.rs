@@ -5,12 +5,13 @@
 
 use std::arch::x86_64::*;
 
-use super::lanes::Lanes;
+use super::lanes::{DOT, Lanes};
 use crate::cpu::{Avx2, Avx512};
 use crate::floats::{Bf16, F16, LANES};
 
 impl Lanes for Avx512 {
     type V = __m512;
+    type I = __m512i;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -52,10 +53,48 @@ impl Lanes for Avx512 {
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) };
         out
     }
+
+    #[inline(always)]
+    fn dot_i8_i16(self, a: &[i8; DOT], b: &[i16; DOT]) -> __m512i {
+        let (a, b): (*const __m256i, *const __m512i) = (a.as_ptr().cast(), b.as_ptr().cast());
+        // SAFETY: `self` proves AVX-512 BW; the arrays have the 64 and 128 bytes read.
+        unsafe {
+            let [low, high] = [0, 1].map(|i| {
+                let wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(a.add(i)));
+                _mm512_madd_epi16(wide, _mm512_loadu_si512(b.add(i)))
+            });
+            _mm512_add_epi32(low, high)
+        }
+    }
+
+    #[inline(always)]
+    fn zero(self) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn sum_i32(self, a: __m512i) -> i32 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_reduce_add_epi32(a) }
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, p: *const T) {
+        // SAFETY: a hint, which faults at no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
 }
 
 impl Lanes for Avx2 {
     type V = [__m256; 2];
+    type I = __m256i;
 
     #[inline(always)]
     fn splat(self, x: f32) -> [__m256; 2] {
@@ -103,5 +142,44 @@ impl Lanes for Avx2 {
             _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
         }
         out
+    }
+
+    #[inline(always)]
+    fn dot_i8_i16(self, a: &[i8; DOT], b: &[i16; DOT]) -> __m256i {
+        let (a, b): (*const __m128i, *const __m256i) = (a.as_ptr().cast(), b.as_ptr().cast());
+        // SAFETY: `self` proves AVX2; the arrays have the 64 and 128 bytes read.
+        unsafe {
+            let [p, q, r, s] = [0, 1, 2, 3].map(|i| {
+                let wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(a.add(i)));
+                _mm256_madd_epi16(wide, _mm256_loadu_si256(b.add(i)))
+            });
+            _mm256_add_epi32(_mm256_add_epi32(p, q), _mm256_add_epi32(r, s))
+        }
+    }
+
+    #[inline(always)]
+    fn zero(self) -> __m256i {
+        // SAFETY: `self` proves AVX.
+        unsafe { _mm256_setzero_si256() }
+    }
+
+    #[inline(always)]
+    fn add_i32(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: `self` proves AVX2.
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn sum_i32(self, a: __m256i) -> i32 {
+        let mut lanes = [0i32; 8];
+        // SAFETY: `self` proves AVX; the array has the 32 bytes written.
+        unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), a) };
+        lanes.iter().fold(0, |sum, &lane| sum.wrapping_add(lane))
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(self, p: *const T) {
+        // SAFETY: a hint, which faults at no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 }

@@ -1,0 +1,436 @@
+//! The best few logits of the `lm_head`, exactly, for half the reading.
+//!
+//! Beside the exact rows stand int8 rows, `w = scale * q + e`, with bounds for
+//! the norms of `q` and `e`. For an input `x = step * p + f`, `p` in int16, a
+//! *scan* computes `scale * step * (q . p)`, an integer sum, for every row. By
+//! Cauchy and Schwarz, the exact product is no further from it than
+//!
+//! ```text
+//! |w . x - scale step (q . p)| = |e . x + scale q . f| <= |e| |x| + scale |q| |f|
+//! ```
+//!
+//! and the logit, a float sum of `n = ceil(cols / 16) + 4` roundings, no
+//! further from the exact product than `n 2^-24 |w| |x|`, a little more
+//! ([`Bounds`]). So the k-th best of the lower bounds is one that the k best
+//! logits reach, and only rows whose upper bound reaches it can be among them:
+//! their logits are computed, by the same code as all logits are
+//! (`DenseMatrix`), so to the same bits. That the result is that of the full
+//! head is proven, not probable.
+//!
+//! `x` has 16 bits and not 8 because activations have outliers: with int8 the
+//! bound of a 2560-wide head with normally distributed rows lets a tenth of the
+//! vocabulary pass, with int16 some tens of rows.
+//!
+//! Where the bound says nothing (too many candidates, numbers beyond float32),
+//! the full head is computed instead.
+
+use super::dense::{DenseMatrix, with_elements};
+use super::lanes::{DOT, LaneOp, Lanes, dispatch};
+use crate::cpu::Isa;
+use crate::floats::{Element, LANES};
+use crate::memory::AlignedBytes;
+use crate::threads::Team;
+
+/// Rows that are scanned as one: what is kept of each block are its best lower
+/// bounds.
+const BLOCK: usize = 512;
+
+/// Most logits that are asked for at once. Beyond, the best lower bounds of the
+/// blocks are too many to be worth it.
+pub const MAX_TOP: usize = 256;
+
+/// Candidates, as a share of the rows, from which on the full head is cheaper:
+/// a row here and there costs about twice its bytes.
+const MAX_CANDIDATES: usize = 8;
+
+/// Blocks handed out per thread, at least.
+const CHUNKS: usize = 8;
+
+/// A row whose elements are all below this has no int8 form: the inverse of its
+/// scale might not be finite.
+const TINY: f32 = 1e-30;
+
+/// What sums of squares, square roots and conversions in float32 may lose,
+/// generously: norms are multiplied by it. The sums have up to 2^17 / 16 terms
+/// a lane, so lose at most 2^-11 of themselves.
+const SLACK: f32 = 1.001;
+
+/// int8 rows beside a [`DenseMatrix`].
+pub struct ScanRows {
+    cols: usize,
+    /// Bytes from one row to the next: a multiple of [`DOT`], filled with zeros.
+    stride: usize,
+    q: AlignedBytes,
+    bounds: Vec<Bounds>,
+    /// The largest `|q|`, which limits `|p|`: `|q . p|` has to fit an int32.
+    max_q: f32,
+    /// At least the largest `|w|`.
+    max_norm: f32,
+}
+
+/// Of one row.
+#[derive(Clone, Copy, Default)]
+struct Bounds {
+    scale: f32,
+    /// At least `scale |q|`.
+    norm: f32,
+    /// At least `|e|`.
+    error: f32,
+}
+
+impl ScanRows {
+    /// Makes them, in parallel over rows. Call it inside [`Team::run`].
+    #[must_use]
+    pub fn new(exact: &DenseMatrix, isa: Isa, team: &Team) -> Self {
+        let (rows, cols) = (exact.rows(), exact.cols());
+        let stride = cols.next_multiple_of(DOT);
+        let mut q = AlignedBytes::zeroed(rows * stride);
+        // Bounds, and `|q|`.
+        let mut facts = vec![(Bounds::default(), 0f32); rows];
+        with_elements!(exact.data(), data => {
+            team.zip((q.as_mut_i8(), &mut facts), (stride, 1), 1, CHUNKS, |first, q, facts| {
+                for (i, (q, facts)) in q.chunks_exact_mut(stride).zip(facts).enumerate() {
+                    *facts = quantize_row(isa, &data[(first + i) * cols..][..cols], q);
+                }
+            });
+        });
+        let max_q = facts.iter().fold(0f32, |max, (_, norm)| max.max(*norm));
+        let bounds: Vec<_> = facts.into_iter().map(|(bounds, _)| bounds).collect();
+        let max_norm = bounds.iter().fold(0f32, |max, b| max.max((b.norm + b.error) * SLACK));
+        Self { cols, stride, q, bounds, max_q, max_norm }
+    }
+
+    /// Bytes in memory.
+    #[must_use]
+    pub fn n_bytes(&self) -> usize {
+        self.q.len() + size_of_val(&self.bounds[..])
+    }
+}
+
+/// Elements as multiples of `1 / inverse`, rounded; the sum of squares of the
+/// results, and of what rounding left.
+#[inline(always)]
+fn quantize<E: Element>(from: &[E], inverse: f32, mut put: impl FnMut(usize, f32)) -> (f32, f32) {
+    let (mut norms, mut errors) = ([0f32; LANES], [0f32; LANES]);
+    for (c, from) in from.chunks(LANES).enumerate() {
+        for (i, x) in from.iter().enumerate() {
+            let scaled = x.to_f32() * inverse;
+            let rounded = scaled.round_ties_even();
+            let left = scaled - rounded;
+            put(c * LANES + i, rounded);
+            norms[i] = rounded.mul_add(rounded, norms[i]);
+            errors[i] = left.mul_add(left, errors[i]);
+        }
+    }
+    (norms.iter().sum(), errors.iter().sum())
+}
+
+#[inline(always)]
+fn max_abs<E: Element>(from: &[E]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    for from in from.chunks(LANES) {
+        for (m, x) in lanes.iter_mut().zip(from) {
+            let x = x.to_f32().abs();
+            *m = if x > *m { x } else { *m };
+        }
+    }
+    lanes.iter().fold(0f32, |a, &m| if m > a { m } else { a })
+}
+
+fn quantize_row<E: Element>(isa: Isa, row: &[E], q: &mut [i8]) -> (Bounds, f32) {
+    isa.vectorize(
+        #[inline(always)]
+        || {
+            let root = (row.len() as f32).sqrt();
+            let max = max_abs(row);
+            if max < TINY {
+                return (Bounds { error: TINY * root * SLACK, ..Bounds::default() }, 0.0);
+            }
+            let scale = max / 127.0;
+            let (norm, error) = quantize(row, 1.0 / scale, |i, r| q[i] = r as i8);
+            // In units of `scale`: `scaled` is off by up to 3 roundings of 127.
+            let off = 127.0 * 3.0 / (1u32 << 24) as f32;
+            let norm = norm.sqrt() * SLACK;
+            let error = (error.sqrt() * SLACK + off * root) * SLACK;
+            (Bounds { scale, norm: scale * norm * SLACK, error: scale * error * SLACK }, norm)
+        },
+    )
+}
+
+/// An input in int16, and what its rows' bounds need of it.
+#[derive(Default)]
+struct ScanInput {
+    /// Padded with zeros to the stride of the rows.
+    p: Vec<i16>,
+    step: f32,
+    /// At least `|x|`.
+    norm: f32,
+    /// At least `|f|`.
+    error: f32,
+}
+
+impl ScanInput {
+    /// Whether bounds can be had at all.
+    fn prepare(&mut self, isa: Isa, x: &[f32], rows: &ScanRows) -> bool {
+        self.p.resize(rows.stride, 0);
+        let p = &mut self.p[..];
+        let root = (x.len() as f32).sqrt();
+        let (norm, max) = isa.vectorize(
+            #[inline(always)]
+            || {
+                let max = max_abs(x);
+                // The squares of what is scaled by the maximum neither overflow nor
+                // vanish together.
+                let mut sums = [0f32; LANES];
+                let inverse = 1.0 / max;
+                for x in x.chunks(LANES) {
+                    for (sum, x) in sums.iter_mut().zip(x) {
+                        let x = x * inverse;
+                        *sum = x.mul_add(x, *sum);
+                    }
+                }
+                (sums.iter().sum::<f32>().sqrt() * max * SLACK, max)
+            },
+        );
+        // Not a number where `x` holds one, since every comparison with it fails.
+        // No partial sum of the float product may overflow, either.
+        let usable = max > TINY && norm > 0.0 && norm < 1e30 && norm * rows.max_norm < 1e37;
+        if !usable {
+            return false;
+        }
+        // Steps so small that int16 is used, and so large that no sum leaves int32:
+        // |q . p| <= |q| |p| < 2^30.
+        let limit = (1u32 << 30) as f32;
+        let step = f32::max(max / 32_000.0, norm * rows.max_q * SLACK / limit);
+        let (_, error) = isa.vectorize(
+            #[inline(always)]
+            || quantize(x, 1.0 / step, |i, r| p[i] = r as i16),
+        );
+        let off = 32_000.0 * 3.0 / (1u32 << 24) as f32;
+        self.step = step;
+        self.norm = norm;
+        self.error = step * (error.sqrt() * SLACK + off * root) * SLACK;
+        true
+    }
+}
+
+/// What a scan needs, laid out once.
+#[derive(Default)]
+pub struct ScanScratch {
+    inputs: Vec<ScanInput>,
+    /// Upper bounds, `[block][input][row]`.
+    upper: Vec<f32>,
+    /// The best lower bounds of each block, `[block][input][k of the input]`.
+    lower: Vec<f32>,
+    /// Of one input: its blocks' best, then the candidates and their logits.
+    best: Vec<f32>,
+    ids: Vec<u32>,
+    logits: Vec<f32>,
+    order: Vec<u32>,
+}
+
+/// Some of a row of logits: the best `k`, ids ascending.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TopLogits {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Their logits.
+    pub logits: Vec<f32>,
+    /// How many rows were rescored to find them; all, where the full head was
+    /// computed.
+    pub rescored: usize,
+}
+
+/// The best `ks[i]` logits of each of `xs`, lower ids first among equals, as the
+/// full head would give them. Call it inside [`Team::run`].
+pub fn top_logits(
+    exact: &DenseMatrix,
+    scan: &ScanRows,
+    isa: Isa,
+    team: &Team,
+    xs: &[&[f32]],
+    ks: &[usize],
+    scratch: &mut ScanScratch,
+) -> Vec<TopLogits> {
+    let rows = exact.rows();
+    scratch.inputs.resize_with(xs.len().max(scratch.inputs.len()), ScanInput::default);
+    let inputs = &mut scratch.inputs[..xs.len()];
+    // How many to scan for: none where there are no bounds, and the full head is
+    // computed. Such an input is scanned with the others, and ignored.
+    let scan_ks: Vec<usize> = inputs
+        .iter_mut()
+        .zip(xs)
+        .zip(ks)
+        .map(|((input, x), &k)| {
+            let k = k.min(rows);
+            if k <= MAX_TOP && input.prepare(isa, x, scan) { k } else { 0 }
+        })
+        .collect();
+    let lower_width = scan_ks.iter().sum::<usize>();
+    if lower_width > 0 {
+        let blocks = rows.div_ceil(BLOCK);
+        let upper_width = BLOCK * xs.len();
+        scratch.upper.resize(blocks * upper_width, 0.0);
+        scratch.lower.resize(blocks * lower_width, 0.0);
+        let both = (&mut scratch.upper[..], &mut scratch.lower[..]);
+        let inputs = &*inputs;
+        team.zip(both, (upper_width, lower_width), 1, CHUNKS, |first, upper, lower| {
+            let parts =
+                upper.chunks_exact_mut(upper_width).zip(lower.chunks_exact_mut(lower_width));
+            for (i, (upper, lower)) in parts.enumerate() {
+                let first = (first + i) * BLOCK;
+                let block = first..(first + BLOCK).min(rows);
+                dispatch(isa, Scan { scan, block, inputs, ks: &scan_ks, upper, lower });
+            }
+        });
+        team.lap("head: scan");
+    }
+    let top = (0..xs.len())
+        .map(|i| {
+            if scan_ks[i] > 0 && select(scratch, rows, i, &scan_ks) {
+                let (ids, logits) = (&scratch.ids, &mut scratch.logits);
+                logits.resize(ids.len(), 0.0);
+                team.split(logits, 1, CHUNKS, |start, logits| {
+                    exact.dots_of(isa, &ids[start..start + logits.len()], xs[i], logits);
+                });
+            } else {
+                scratch.ids.clear();
+                scratch.ids.extend(0..rows as u32);
+                scratch.logits.resize(rows, 0.0);
+                team.split(&mut scratch.logits, 4, CHUNKS, |start, part| {
+                    exact.multiply(isa, start..start + part.len(), &xs[i..=i], &mut [part]);
+                });
+            }
+            best_of(scratch, ks[i].min(rows))
+        })
+        .collect();
+    team.lap("head: rescore");
+    top
+}
+
+/// Rows whose upper bound reaches the k-th best lower bound, to `scratch.ids`;
+/// whether they are few enough.
+fn select(scratch: &mut ScanScratch, rows: usize, i: usize, ks: &[usize]) -> bool {
+    let (k, n) = (ks[i], ks.len());
+    let (before, width) = (ks[..i].iter().sum::<usize>(), ks.iter().sum::<usize>());
+    let best = &mut scratch.best;
+    best.clear();
+    for lower in scratch.lower.chunks_exact(width).take(rows.div_ceil(BLOCK)) {
+        best.extend_from_slice(&lower[before..before + k]);
+    }
+    let (_, &mut reach, _) = best.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+    scratch.ids.clear();
+    for (b, upper) in scratch.upper.chunks_exact(n * BLOCK).enumerate() {
+        let block = b * BLOCK;
+        let upper = &upper[i * BLOCK..][..BLOCK.min(rows - block)];
+        for (c, upper) in upper.chunks(LANES).enumerate() {
+            if upper.iter().fold(false, |any, &u| any | (u >= reach)) {
+                for (r, &u) in upper.iter().enumerate() {
+                    if u >= reach {
+                        scratch.ids.push((block + c * LANES + r) as u32);
+                    }
+                }
+            }
+        }
+    }
+    scratch.ids.len() >= k && scratch.ids.len() <= (rows / MAX_CANDIDATES).max(k)
+}
+
+/// The best `k` of the rescored, ids ascending. A logit that is not a number
+/// counts as the best, so that whoever looks at the best sees it.
+fn best_of(scratch: &mut ScanScratch, k: usize) -> TopLogits {
+    let (ids, logits, order) = (&scratch.ids, &scratch.logits, &mut scratch.order);
+    let key = |i: u32| {
+        let x = logits[i as usize];
+        // -0 and 0 are equal.
+        if x.is_nan() { f32::INFINITY } else { x + 0.0 }
+    };
+    let best_first = |&a: &u32, &b: &u32| {
+        let nan = |i: u32| logits[i as usize].is_nan();
+        nan(b).cmp(&nan(a)).then(key(b).total_cmp(&key(a))).then(a.cmp(&b))
+    };
+    order.clear();
+    order.extend(0..ids.len() as u32);
+    if k < order.len() {
+        order.select_nth_unstable_by(k - 1, best_first);
+        order.truncate(k);
+    }
+    order.sort_unstable();
+    TopLogits {
+        ids: order.iter().map(|&i| ids[i as usize]).collect(),
+        logits: order.iter().map(|&i| logits[i as usize]).collect(),
+        rescored: ids.len(),
+    }
+}
+
+/// One block of rows, all inputs.
+struct Scan<'a> {
+    scan: &'a ScanRows,
+    block: std::ops::Range<usize>,
+    inputs: &'a [ScanInput],
+    ks: &'a [usize],
+    upper: &'a mut [f32],
+    lower: &'a mut [f32],
+}
+
+impl LaneOp for Scan<'_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, l: L) {
+        let Self { scan, block, inputs, ks, upper, lower } = self;
+        lower.fill(f32::NEG_INFINITY);
+        let roundings = (scan.cols.div_ceil(LANES) + 4) as f32;
+        let rounding = roundings * SLACK / (1u32 << 24) as f32;
+        for (r, row) in block.clone().enumerate() {
+            let q = &scan.q.as_i8()[row * scan.stride..][..scan.stride];
+            let bounds = scan.bounds[row];
+            let mut lower = &mut lower[..];
+            for (i, input) in inputs.iter().enumerate() {
+                let sum = dot(l, q, &input.p);
+                // In float64, where these few operations lose nothing that counts.
+                let [scale, norm, error] = [bounds.scale, bounds.norm, bounds.error].map(f64::from);
+                let [step, x_norm, x_error] = [input.step, input.norm, input.error].map(f64::from);
+                let middle = f64::from(sum) * (scale * step);
+                let radius = (error * x_norm
+                    + norm * x_error
+                    + f64::from(rounding) * (norm + error) * x_norm)
+                    * f64::from(SLACK)
+                    // What the float sum loses where products are subnormal.
+                    + 1e-40;
+                upper[i * BLOCK + r] = ((middle + radius) as f32).next_up();
+                let bound = ((middle - radius) as f32).next_down();
+                let (best, rest) = lower.split_at_mut(ks[i]);
+                lower = rest;
+                insert(best, bound);
+            }
+        }
+    }
+}
+
+/// Puts `x` into `best`, which is sorted from best to worst, if it belongs there.
+#[inline(always)]
+fn insert(best: &mut [f32], x: f32) {
+    let Some(last) = best.len().checked_sub(1) else { return };
+    if x <= best[last] {
+        return;
+    }
+    let mut at = last;
+    while at > 0 && best[at - 1] < x {
+        best[at] = best[at - 1];
+        at -= 1;
+    }
+    best[at] = x;
+}
+
+/// `q . p`, exact: it fits an int32, so partial sums may wrap.
+#[inline(always)]
+fn dot<L: Lanes>(l: L, q: &[i8], p: &[i16]) -> i32 {
+    /// Bytes: three pages, as the ternary kernels ask for their weights.
+    const AHEAD: usize = 3 * 4096;
+    let (q, p) = (q.as_chunks::<DOT>().0, p.as_chunks::<DOT>().0);
+    let mut sums = [l.zero(); 2];
+    for (c, (q, p)) in q.iter().zip(p).enumerate() {
+        l.prefetch(q.as_ptr().wrapping_add(AHEAD));
+        sums[c % 2] = l.add_i32(sums[c % 2], l.dot_i8_i16(q, p));
+    }
+    l.sum_i32(l.add_i32(sums[0], sums[1]))
+}

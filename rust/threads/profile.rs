@@ -1,0 +1,89 @@
+//! Where the time of a forward pass goes: for `bench --profile`. Off, it costs
+//! one load for each step.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+/// What one part of a forward pass took, over all passes since the profile was
+/// switched on.
+#[derive(Clone, Debug)]
+pub struct Lap {
+    /// What was computed.
+    pub name: &'static str,
+    /// How often.
+    pub count: u64,
+    /// Time on the clock, in nanoseconds.
+    pub wall_ns: u64,
+    /// Time that threads spent in its tasks, added up; 0 for what one thread
+    /// did alone.
+    pub busy_ns: u64,
+}
+
+pub(super) struct Profile {
+    on: AtomicBool,
+    /// Time in tasks since the last lap.
+    busy_ns: AtomicU64,
+    laps: Mutex<Laps>,
+}
+
+struct Laps {
+    last: Instant,
+    laps: Vec<Lap>,
+}
+
+impl Profile {
+    pub(super) fn new() -> Self {
+        Self {
+            on: AtomicBool::new(false),
+            busy_ns: AtomicU64::new(0),
+            laps: Mutex::new(Laps { last: Instant::now(), laps: Vec::new() }),
+        }
+    }
+
+    pub(super) fn is_on(&self) -> bool {
+        self.on.load(Ordering::Relaxed)
+    }
+
+    /// Switches on or off; what was collected until now.
+    pub(super) fn switch(&self, on: bool) -> Vec<Lap> {
+        let mut laps = self.laps.lock().unwrap_or_else(PoisonError::into_inner);
+        self.on.store(on, Ordering::Relaxed);
+        std::mem::take(&mut laps.laps)
+    }
+
+    /// Starts the clock: the beginning of a pass.
+    pub(super) fn start(&self) {
+        if self.is_on() {
+            self.busy_ns.store(0, Ordering::Relaxed);
+            self.laps.lock().unwrap_or_else(PoisonError::into_inner).last = Instant::now();
+        }
+    }
+
+    /// Runs a task with its time counted.
+    pub(super) fn timed(&self, task: impl FnOnce()) {
+        let start = Instant::now();
+        task();
+        self.busy_ns.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    /// Counts the time since the last lap as `name`'s.
+    pub(super) fn lap(&self, name: &'static str) {
+        if !self.is_on() {
+            return;
+        }
+        let mut laps = self.laps.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let wall_ns = now.duration_since(laps.last).as_nanos() as u64;
+        let busy_ns = self.busy_ns.swap(0, Ordering::Relaxed);
+        laps.last = now;
+        let at = laps.laps.iter().position(|lap| lap.name == name).unwrap_or_else(|| {
+            laps.laps.push(Lap { name, count: 0, wall_ns: 0, busy_ns: 0 });
+            laps.laps.len() - 1
+        });
+        let lap = &mut laps.laps[at];
+        lap.count += 1;
+        lap.wall_ns += wall_ns;
+        lap.busy_ns += busy_ns;
+    }
+}
