@@ -76,7 +76,8 @@ class Model:
             (rows, cols), with a float32 scale of shape (1,) under `<name>_scale` that
             multiplies; or masters (float32, float16, or bfloat16 as uint16) without a scale,
             quantized here by their absolute mean. Norms: float32, 1-D. Embeddings and head:
-            float32, float16 or bfloat16 as uint16, shape (vocab_size, hidden_size).
+            float32, float16 or bfloat16 as uint16, shape (vocab_size, hidden_size); where they
+            are not writeable (mapped from a file), they are held on to, else copied.
         kernel: A name from `kernels()`; the first of them when None.
         prefill_kernel: The kernel for steps of two tokens and more; `kernel` when None. Both
             must read the same layout (the part of the name after the dash).
@@ -109,8 +110,9 @@ class Model:
         Keys: `architecture`, `n_layers`, `hidden_size`, `intermediate_size`, `n_heads`,
         `n_kv_heads`, `head_dim`, `vocab_size`, `max_positions`, `ternary_params` (weights in
         ternary matrices), `params` (all), `ternary_bytes` (packed, in memory), `head_bytes`
-        (lm_head rows as read per token), `bytes_per_token` (weights read to decode one token),
-        `packed_bytes` (all weights in memory).
+        (lm_head rows, read for all logits of a token), `scan_bytes` (their int8 form, read for
+        the best logits of a token), `bytes_per_token` (weights read to decode one token
+        greedily), `packed_bytes` (all weights in memory, mapped ones included).
         """
 
     def new_cache(self, capacity: int, kv_dtype: Literal["f16", "f32"] = "f16") -> KvCache:
@@ -136,6 +138,43 @@ class Model:
             ValueError: A token id out of range, an empty segment, a cache that is full
                 or belongs to another model. No cache is changed.
             RuntimeError: A cache is in use by another thread, or stands twice in the batch.
+        """
+
+    def forward_top(
+        self,
+        batch: Sequence[tuple[NDArray[np.uint32], KvCache]],
+        top: Sequence[int | None],
+    ) -> list[tuple[NDArray[np.uint32] | None, NDArray[np.float32]]]:
+        """As `forward`, for some logits of the last token of each segment.
+
+        Args:
+            batch: As for `forward`.
+            top: For each segment, how many of the best logits; 0: none at all; None: all. The
+                best are found in int8 rows, and proven to be what the full head gives, bit for
+                bit: half the reading.
+
+        Returns:
+            For each segment, token ids in ascending order and their logits: the `top` best,
+            lower ids first among equals. For None, the ids are None and the logits a whole row.
+
+        Raises:
+            ValueError, RuntimeError: As `forward`; not one of `top` for each segment.
+        """
+
+    @property
+    def head_use(self) -> dict[str, int]:
+        """How the best logits were found, since the model was loaded.
+
+        Keys: `scans` (tokens they were asked for), `full` (of these, where all logits were
+        computed after all), `rescored` (rows rescored for the others).
+        """
+
+    def profile(self, on: bool) -> list[tuple[str, int, float, float]]:
+        """Switches the measuring of forward passes on or off.
+
+        Returns:
+            What was measured since it was switched on: (part of the pass, how often, seconds
+            on the clock, seconds of all threads in its tasks; 0 where one thread works alone).
         """
 
 @final

@@ -2,7 +2,7 @@
 
 For `bitnet-rs bench` and `Model.bench`. It works on the core alone, so that a random
 model without a tokenizer can be measured too, and it counts whole steps as a user gets
-them: each decoded token is the greedy one, found over all its logits.
+them: each decoded token is the greedy one, chosen as in generation.
 """
 
 from __future__ import annotations
@@ -29,9 +29,34 @@ DEFAULT_NEW_TOKENS: Final = 64
 _WARM_UP_PROMPT: Final = 64
 _WARM_UP_NEW: Final = 4
 
+# Tokens of the profile: after the measured runs, since looking at the clock takes time too.
+_PROFILE_TOKENS: Final = 16
+
 # Read instead of the usual buffer where there is no memory for that. Still larger than most
 # caches.
 _SMALL_BUFFER_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """One part of a decoding step.
+
+    Attributes:
+        name: What is computed.
+        count: How often in a step.
+        seconds: Of a step, on the clock.
+        percent: As a share of the step.
+        waiting_percent: Share of the threads' time in it that they wait: for each other at its
+            end, or for the one that works alone.
+        alone: Whether one thread does it alone.
+    """
+
+    name: str
+    count: float
+    seconds: float
+    percent: float
+    waiting_percent: float
+    alone: bool
 
 
 @dataclass(frozen=True)
@@ -63,12 +88,21 @@ class BenchReport:
         kernel: Kernel of the ternary matrices.
         prefill_kernel: The one for several tokens at a time.
         kv_dtype: Type of the cached keys and values.
-        bytes_per_token: Weights read to decode one token, in bytes; keys and values not counted.
-        read_gb_per_s: `bytes_per_token` times the decode speed, in GB/s (1e9 bytes).
-        memory_read_gb_per_s: Measured speed of plain reads with as many threads, in GB/s. Weights
-            that fit a cache can be read faster than this. None where there was no memory left
-            to measure it in.
+        bytes_per_token: Weights read to decode one token, in bytes.
+        kv_bytes_per_token: Keys and values read to decode one token, on average.
+        read_gb_per_s: Both times the decode speed, in GB/s (1e9 bytes).
+        memory_read_gb_per_s: Measured speed of plain reads with as many threads, in GB/s: the
+            median of measurements after each repetition. Weights that fit a cache can be read
+            faster than this. None where there was no memory left to measure it in.
         read_percent: The first as a share of the second, in percent; None if that is.
+        rescored_per_token: Rows of the head computed exactly for one decoded token, after the
+            scan of its int8 rows.
+        full_heads: Decoded tokens for which the scan proved too little, and all logits were
+            computed.
+        waiting_percent: Share of the threads' time, while decoding, that they wait at the end of
+            a parallel step for the others: the barriers' share.
+        alone_percent: Share of a decoding step in which one thread works alone.
+        profile: The parts of a decoding step, in their order.
         packed_bytes: All weights in memory.
         peak_rss_bytes: Most memory of the process until the end of the runs; None if the system
             does not tell.
@@ -92,9 +126,15 @@ class BenchReport:
     prefill_kernel: str
     kv_dtype: str
     bytes_per_token: int
+    kv_bytes_per_token: int
     read_gb_per_s: float
     memory_read_gb_per_s: float | None
     read_percent: float | None
+    rescored_per_token: float
+    full_heads: int
+    waiting_percent: float
+    alone_percent: float
+    profile: list[ProfileRow]
     packed_bytes: int
     peak_rss_bytes: int | None
     cpu: str
@@ -148,18 +188,26 @@ def run(
     prompt = rng.integers(int(core.facts["vocab_size"]), size=prompt_tokens, dtype=np.uint32)
     say("warm-up")
     _run_once(core, prompt[:_WARM_UP_PROMPT], min(_WARM_UP_NEW, new_tokens), kv_dtype, chunk_tokens)
-    runs = []
+    runs, speeds, peak = [], [], None
+    used = core.head_use
     for n in range(repetitions):
         say(f"run {n + 1} of {repetitions}: {prompt_tokens} prompt + {new_tokens} new tokens")
         runs.append(_run_once(core, prompt, new_tokens, kv_dtype, chunk_tokens))
-    # Before the bandwidth is measured: that takes a large buffer of its own.
-    peak = system.peak_rss_bytes()
-    say("speed of reading memory")
-    memory_gb_per_s = _memory_speed(core.threads)
+        # Before the bandwidth is measured for the first time: that takes a large buffer.
+        peak = peak or system.peak_rss_bytes()
+        say("speed of reading memory")
+        speeds.append(_memory_speed(core.threads))
+    scans = {key: n - used[key] for key, n in core.head_use.items()}
+    say(f"profile of {_PROFILE_TOKENS} tokens")
+    profile = _profile(core, prompt, min(_PROFILE_TOKENS, new_tokens), kv_dtype, chunk_tokens)
+    measured = [speed for speed in speeds if speed is not None]
+    memory_gb_per_s = statistics.median(measured) if measured else None
 
     decode = new_tokens / statistics.median(r.decode_s for r in runs)
     bytes_per_token = int(core.facts["bytes_per_token"])
-    read_gb_per_s = bytes_per_token * decode / 1e9
+    positions = prompt_tokens + (new_tokens + 1) / 2
+    kv_bytes_per_token = int(positions * _kv_bytes(core, kv_dtype))
+    read_gb_per_s = (bytes_per_token + kv_bytes_per_token) * decode / 1e9
     return BenchReport(
         model=name,
         params=int(core.facts["params"]),
@@ -173,9 +221,15 @@ def run(
         prefill_kernel=core.prefill_kernel,
         kv_dtype=kv_dtype,
         bytes_per_token=bytes_per_token,
+        kv_bytes_per_token=kv_bytes_per_token,
         read_gb_per_s=read_gb_per_s,
         memory_read_gb_per_s=memory_gb_per_s,
         read_percent=100 * read_gb_per_s / memory_gb_per_s if memory_gb_per_s else None,
+        rescored_per_token=scans["rescored"] / max(1, scans["scans"] - scans["full"]),
+        full_heads=scans["full"],
+        waiting_percent=_waiting_percent(profile),
+        alone_percent=sum(row.percent for row in profile if row.alone),
+        profile=profile,
         packed_bytes=int(core.facts["packed_bytes"]),
         peak_rss_bytes=peak,
         cpu=system.cpu_name(),
@@ -214,6 +268,35 @@ def _memory_speed(threads: int) -> float | None:
     return None
 
 
+def _kv_bytes(core: _core.Model, kv_dtype: Literal["f16", "f32"]) -> int:
+    """Bytes of the keys and values of one token."""
+    facts = core.facts
+    per_layer = 2 * int(facts["n_kv_heads"]) * int(facts["head_dim"])
+    return int(facts["n_layers"]) * per_layer * (2 if kv_dtype == "f16" else 4)
+
+
+def _prefill(
+    core: _core.Model,
+    prompt: NDArray[np.uint32],
+    cache: _core.KvCache,
+    chunk_tokens: int,
+) -> int:
+    """Reads a prompt as generation does; the token that follows."""
+    for begin in range(0, len(prompt), chunk_tokens):
+        chunk = prompt[begin : begin + chunk_tokens]
+        last = begin + chunk_tokens >= len(prompt)
+        [(ids, _)] = core.forward_top([(chunk, cache)], [1 if last else 0])
+    assert ids is not None
+    return int(ids[0])
+
+
+def _decode(core: _core.Model, token: int, cache: _core.KvCache, new_tokens: int) -> None:
+    for _ in range(new_tokens):
+        [(ids, _)] = core.forward_top([(np.array([token], np.uint32), cache)], [1])
+        assert ids is not None
+        token = int(ids[0])
+
+
 def _run_once(
     core: _core.Model,
     prompt: NDArray[np.uint32],
@@ -223,10 +306,39 @@ def _run_once(
 ) -> Run:
     cache = core.new_cache(len(prompt) + new_tokens, kv_dtype)
     start = time.perf_counter()
-    for begin in range(0, len(prompt), chunk_tokens):
-        logits = core.forward([(prompt[begin : begin + chunk_tokens], cache)])
+    token = _prefill(core, prompt, cache, chunk_tokens)
     prefilled = time.perf_counter()
-    for _ in range(new_tokens):
-        token = np.argmax(logits[0])
-        logits = core.forward([(np.array([token], np.uint32), cache)])
+    _decode(core, token, cache, new_tokens)
     return Run(prefilled - start, time.perf_counter() - prefilled)
+
+
+def _profile(
+    core: _core.Model,
+    prompt: NDArray[np.uint32],
+    new_tokens: int,
+    kv_dtype: Literal["f16", "f32"],
+    chunk_tokens: int,
+) -> list[ProfileRow]:
+    """Where the time of a decoding step goes."""
+    cache = core.new_cache(len(prompt) + new_tokens, kv_dtype)
+    token = _prefill(core, prompt, cache, chunk_tokens)
+    core.profile(True)
+    _decode(core, token, cache, new_tokens)
+    laps = core.profile(False)
+    total = sum(wall for _, _, wall, _ in laps)
+    return [
+        ProfileRow(
+            name,
+            count / new_tokens,
+            wall / new_tokens,
+            100 * wall / total,
+            100 * max(0.0, 1 - (busy or wall) / (core.threads * wall)),
+            busy == 0 and core.threads > 1,
+        )
+        for name, count, wall, busy in laps
+    ]
+
+
+def _waiting_percent(profile: list[ProfileRow]) -> float:
+    """What waiting in shared steps is of a whole step, in percent."""
+    return sum(row.percent * row.waiting_percent / 100 for row in profile if not row.alone)

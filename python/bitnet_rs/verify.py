@@ -10,7 +10,7 @@ compared by distance. It is apart from the tests because it needs no test data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
@@ -203,6 +203,29 @@ def _check_forwards(
         core.forward([(np.concatenate([ids[:half], ids[: len(ids) - half]]), cache)])
         cache.truncate(half)
         return core.forward([(ids[half:], cache)], logits="all")
+
+    def best_few() -> Logits:
+        cache = core.new_cache(len(ids), kv_dtype)
+        rows = np.zeros_like(expected)
+        for n, k in enumerate(ks):
+            [(best, logits)] = core.forward_top([(ids[n : n + 1], cache)], [k])
+            rows[n, best] = logits
+        return rows
+
+    say("the best logits by the int8 rows")
+    ks = [(1, 40)[n % 2] for n in range(len(ids))]
+    wanted = np.zeros_like(expected)
+    for row, out, k in zip(expected, wanted, ks, strict=True):
+        best = np.argsort(-row, kind="stable")[:k]
+        out[best] = row[best]
+    used = core.head_use
+    check = _same("int8-scanned head = full head", wanted, best_few)
+    scans, full, rescored = (core.head_use[key] - used[key] for key in ("scans", "full", "rescored"))
+    yield replace(
+        check,
+        detail=f"{check.detail}; {rescored / max(1, scans - full):.1f} rows rescored for each of "
+        f"{scans - full} tokens, all for {full}",
+    )
 
     say("prompts cut into chunks")
     yield _same("prefill = token by token", expected, lambda: in_chunks(1))

@@ -34,6 +34,9 @@ def bench(
     repetitions: Annotated[
         int, typer.Option("--repetitions", "-r", min=1, help="Runs; the median counts.")
     ] = 3,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time of a decoding step goes.")
+    ] = False,
     json: common.Json = False,
     threads: common.Threads = None,
     kernel: common.Kernel = "auto",
@@ -80,6 +83,8 @@ def bench(
         common.print_json(report.to_dict())
     else:
         _print(report)
+        if profile:
+            _print_profile(report)
 
 
 def _kernels(report: "BenchReport") -> str:
@@ -106,8 +111,33 @@ def _print(report: "BenchReport") -> None:
             f"({report.prompt_tokens} tokens)",
             "decode": f"{report.decode_tokens_per_s:,.1f} tokens/s  ({report.new_tokens} tokens, "
             f"after the prompt, kv cache in {report.kv_dtype})",
-            "reading": f"{report.read_gb_per_s:,.1f} GB/s of weights while decoding "
-            f"({report.bytes_per_token / 1e6:,.1f} MB a token){memory}",
+            "reading": f"{report.read_gb_per_s:,.1f} GB/s while decoding "
+            f"({report.bytes_per_token / 1e6:,.1f} MB of weights and "
+            f"{report.kv_bytes_per_token / 1e6:,.1f} MB of keys and values a token){memory}",
+            "head": f"int8 rows read, {report.rescored_per_token:,.1f} rows a token rescored, "
+            f"all logits computed for {report.full_heads} tokens",
+            "threads": f"wait for each other {report.waiting_percent:.1f} % of a decoding step; "
+            f"one works alone {report.alone_percent:.1f} % of it",
             "peak memory": f"{peak / 1e6:,.0f} MB" if peak else "not known on this system",
         }
     )
+
+
+def _print_profile(report: "BenchReport") -> None:
+    """The parts of a decoding step, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="a decoding step", title_justify="left", box=None, pad_edge=False)
+    table.add_column("part")
+    for column in ("times", "microseconds", "share", "threads waiting"):
+        table.add_column(column, justify="right")
+    for row in report.profile:
+        table.add_row(
+            row.name,
+            f"{row.count:,.0f}",
+            f"{1e6 * row.seconds:,.0f}",
+            f"{row.percent:.1f} %",
+            "one works alone" if row.alone else f"{row.waiting_percent:.1f} %",
+        )
+    Console().print(table)
