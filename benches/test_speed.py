@@ -7,7 +7,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import bitnet_rs
-from bitnet_rs import _core
+from bitnet_rs import SamplingParams, _core
+from bitnet_rs.engine import choose
 
 PROMPT = "Once upon a time there was"
 
@@ -34,6 +35,19 @@ def test_prefill_256_tokens(benchmark: BenchmarkFixture, model: bitnet_rs.Model)
         return len(model.core.forward([(ids, model.new_cache(256))]))
 
     assert benchmark(prefill) == 1
+
+
+@pytest.mark.parametrize("spread", [3.0, 0.3], ids=["peaked", "flat"])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.95}, {"top_k": 40}], ids=str)
+def test_sample_of_128256(
+    benchmark: BenchmarkFixture, spread: float, options: dict[str, float]
+) -> None:
+    rng = np.random.default_rng(0)
+    row = rng.normal(0, spread, 128_256).astype(np.float32)
+    row[rng.integers(0, len(row), 20)] += 5 * spread
+    params = SamplingParams(temperature=0.8, seed=0, **options)  # type: ignore[arg-type]
+    draws = params.rng()
+    assert benchmark(choose, row, params, draws) < len(row)
 
 
 @pytest.mark.parametrize("kernel", _core.kernels())

@@ -34,6 +34,7 @@ use crate::models::{
     Wanted, Weights,
 };
 use crate::ops::dense::{Floats, Shared};
+use crate::ops::sample::{Sampling, sample};
 use crate::ternary::TernaryMatrix;
 use crate::threads::{Team, read_bandwidth};
 
@@ -447,6 +448,22 @@ fn _kernels_for(levels: Vec<i8>) -> PyResult<Vec<&'static str>> {
 }
 
 #[pyfunction]
+#[pyo3(name = "sample", signature = (logits, *, temperature, top_k, top_p, min_p, draw))]
+fn py_sample(
+    py: Python<'_>,
+    logits: PyReadonlyArray1<'_, f32>,
+    temperature: f64,
+    top_k: usize,
+    top_p: f64,
+    min_p: f64,
+    draw: f64,
+) -> PyResult<usize> {
+    let (isa, logits) = (Isa::best()?, logits.as_slice()?);
+    let sampling = Sampling { temperature, top_k, top_p, min_p };
+    Ok(py.detach(|| sample(isa, logits, sampling, draw))?)
+}
+
+#[pyfunction]
 fn cpu_features() -> PyResult<Vec<&'static str>> {
     Ok(Isa::best()?.features().to_vec())
 }
@@ -651,6 +668,6 @@ mod _core {
     #[pymodule_export]
     use super::{
         _absmean, _exp, _gemm, _gemv, _kernels_for, _rms_norm, PyKvCache, PyModel, PyPackedMatrix,
-        cpu_features, kernel_names, measure_kernels, projections, py_read_bandwidth,
+        cpu_features, kernel_names, measure_kernels, projections, py_read_bandwidth, py_sample,
     };
 }

@@ -27,6 +27,7 @@ __all__ = [
     "measure_kernels",
     "projections",
     "read_bandwidth",
+    "sample",
 ]
 
 __version__: Final[str]
@@ -64,6 +65,30 @@ def measure_kernels(
 
 def read_bandwidth(threads: int, n_bytes: int = ...) -> float:
     """Measured speed of reading memory with `threads` threads, in GB/s (1e9 bytes)."""
+
+def sample(
+    logits: NDArray[np.float32],
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    draw: float,
+) -> int:
+    """Draws a position of a row of logits, as `sampling.py` defines it.
+
+    Args:
+        logits: Contiguous, shape (n,), 1 <= n <= 2^23.
+        temperature: Above 0.
+        top_k: 0 keeps all, as does n or more.
+        top_p: Above 0; 1 keeps all.
+        min_p: 0 keeps all; up to 1.
+        draw: A uniform number in [0, 1).
+
+    Raises:
+        ValueError: An argument out of range.
+        RuntimeError: The logits hold NaN or +inf, or nothing above -inf.
+    """
 
 @final
 class Model:

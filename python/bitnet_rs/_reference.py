@@ -2,11 +2,14 @@
 
 For readers and for tests; the package never imports it. It is slow, keeps no cache, and runs
 one sequence at a time, in float32 with exact integer projections. The core computes the same
-up to the order of float additions. Top to bottom: the quantizers, the ops, one layer, the model.
+up to the order of float additions. Top to bottom: the quantizers, the ops, sampling, one layer,
+the model.
 
 Shapes: n tokens, d = hidden_size, K = columns of a projection, h = head_dim.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -169,6 +172,42 @@ def silu(x: Floats) -> Floats:
 
 
 ACTIVATIONS: Mapping[str, Callable[[Floats], Floats]] = {"relu2": relu2, "silu": silu}
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def sample(
+    logits: Floats,
+    weights: Sequence[int],
+    *,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    draw: float,
+) -> int:
+    """Draws a position of a row of logits.
+
+    Args:
+        logits: Shape (n,).
+        weights: floor(2^40 e^((logit - highest) / temperature)) for each of them.
+        top_k: 0 keeps all.
+        top_p: 1 keeps all.
+        min_p: 0 keeps all.
+        draw: A uniform number in [0, 1).
+    """
+    # sorted() is stable: among equals, lower positions stay first.
+    kept = sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or None]
+    if top_p < 1:
+        wanted = math.ceil(top_p * sum(weights[i] for i in kept))
+        kept = sorted(sorted(kept), key=lambda i: -weights[i])
+        reached = list(itertools.accumulate(weights[i] for i in kept))
+        kept = kept[: sum(total < wanted for total in reached) + 1]
+    kept = [i for i in sorted(kept) if weights[i] >= math.ceil(min_p * 2**40)]
+    reached = list(itertools.accumulate(weights[i] for i in kept))
+    # The product is rounded to float64 and may reach the sum; no draw does.
+    target = min(int(draw * reached[-1]), reached[-1] - 1)
+    return kept[sum(total <= target for total in reached)]
 
 
 # --- the model ----------------------------------------------------------------------------------

@@ -18,16 +18,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_rs import sampling
+from bitnet_rs import _core, sampling
 from bitnet_rs.sampling import Logprobs, SamplingParams
-
-if TYPE_CHECKING:
-    from bitnet_rs import _core
 
 # Prompt tokens in one forward, over all sequences. Between two forwards an interrupt is noticed
 # and other sequences get their next token, so it should be small; every chunk reads all weights
@@ -187,6 +184,46 @@ def shared_prefix(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
     return int(different[0]) if len(different) else n
 
 
+def wanted_logits(request: Request) -> int | None:
+    """How many of the best logits decide a request's next token; None: all of them.
+
+    The core finds a few for half the reading that all of them take, and chooses among them as it
+    would among all: `top_k` comes before whatever else looks at more than one logit.
+    """
+    params = request.params
+    if request.logprobs is not None or params.repetition_penalty != 1.0:
+        return None
+    return 1 if params.temperature == 0.0 else params.top_k or None
+
+
+def choose(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.Generator) -> int:
+    """Chooses one of the logits by all of the parameters but the repetition penalty.
+
+    Args:
+        logits: Contiguous, shape (n,): those of a whole vocabulary, or of some ids in ascending
+            order. Not changed.
+        params: How to choose.
+        rng: The sequence's own; one number is drawn unless decoding is greedy.
+
+    Returns:
+        A position in `logits`.
+
+    Raises:
+        RuntimeError: The logits hold NaN or +inf, or nothing above -inf.
+    """
+    best = sampling.greedy(logits)  # checks the logits, whatever comes next
+    if params.temperature == 0.0:
+        return best
+    return _core.sample(
+        logits,
+        temperature=params.temperature,
+        top_k=min(params.top_k, len(logits)),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        draw=rng.random(),
+    )
+
+
 class Engine:
     """Runs sequences on one core model. For one thread; engines may share a core.
 
@@ -317,17 +354,28 @@ class Engine:
         segments = self._batch()
         if not segments:
             return ()
-        rows = self._core.forward([(each.tokens, each.cache) for each in segments])
+        found = self._core.forward_top(
+            [(each.tokens, each.cache) for each in segments],
+            [wanted_logits(each.sequence.request) if each.complete else 0 for each in segments],
+        )
         return [
-            self._advance(each.sequence, row)
-            for each, row in zip(segments, rows, strict=True)
+            self._advance(each.sequence, ids, logits)
+            for each, (ids, logits) in zip(segments, found, strict=True)
             if each.complete
         ]
 
-    def _advance(self, sequence: Running, logits: NDArray[np.float32]) -> Event:
+    def _advance(
+        self, sequence: Running, ids: NDArray[np.uint32] | None, logits: NDArray[np.float32]
+    ) -> Event:
         """Chooses a sequence's next token and, where that ends it, lets it go."""
         request = sequence.request
-        token = sampling.sample(logits, request.params, sequence._rng, sequence.ids)
+        penalized = logits
+        if request.params.repetition_penalty != 1.0:
+            penalty = request.params.repetition_penalty
+            penalized = sampling.penalize(logits, sequence.ids, penalty)
+        token = choose(penalized, request.params, sequence._rng)
+        if ids is not None:
+            token = int(ids[token])
         if sequence.first_token is None:
             sequence.first_token = time.perf_counter()
         if token in request.stop_ids:

@@ -1,24 +1,26 @@
-"""From logits to one token: functions over one row of numbers.
+"""From logits to one token: what the parameters mean, and functions over one row of numbers.
 
-For the engine, which calls `sample` once for each sequence and step, and for
-whoever wants to know what a parameter does exactly. Apart because it knows
-neither models nor text: a row of logits, the ids so far and a random generator
-come in, a token id goes out.
+For the engine, which takes the token from here (`greedy`) or from the core (`_core.sample`), and
+for whoever wants to know what a parameter does exactly. Apart because it knows neither models
+nor text: a row of logits and the ids so far come in.
 
 The definition, in this order (that of transformers):
 
-1. Repetition penalty: logits of ids seen so far (prompt included) are divided by
-   it where positive and multiplied where negative.
-2. Temperature 0: the highest logit, the lowest id among equals. Otherwise logits
-   are divided by the temperature.
-3. `top_k` keeps the k highest, lower ids first among equals.
-4. `top_p` keeps the shortest run of the most probable tokens that are left whose
-   probabilities, as shares of what is left, reach it.
-5. `min_p` keeps what is at least that fraction of the most probable one.
-6. One uniform number picks among the kept tokens, laid out by id.
+1. Repetition penalty: logits of ids seen so far (prompt included) are divided by it where
+   positive and multiplied where negative (`penalize`).
+2. Temperature 0: the highest logit, the lowest id among equals (`greedy`). Otherwise a token has
+   the integer weight floor(2^40 * e^((logit - highest) / temperature)), so that the best has 2^40,
+   and one below 2^-40 of it is never drawn.
+3. `top_k` keeps the k highest logits, lower ids first among equals.
+4. `top_p` keeps the shortest run of the largest weights that are left, lower ids first among
+   equals, whose sum reaches ceil(top_p * sum of all that are left).
+5. `min_p` keeps weights of at least ceil(min_p * 2^40).
+6. One uniform number in [0, 1) draws among the kept tokens, laid out by id: the first at which
+   the running sum of weights exceeds floor(number * sum).
 
-A vocabulary has 128,256 entries in the larger models, so nothing here sorts it:
-`np.partition` finds the few candidates first.
+Sums of integers do not depend on order, and the exponential is the core's own float32 one, so a
+seed draws the same tokens on every machine; the products in 4 and 6 are taken in float64. The
+core does steps 2 to 6 (`rust/ops/sample.rs`), `_reference.py` spells them out.
 """
 
 from __future__ import annotations
@@ -31,12 +33,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_rs.checks import check_integer
-
-# Candidates looked at first for top_p, and by how much they grow when they do not reach it. At
-# temperature 1 a language model's 0.95 nucleus is mostly below 100 tokens; each further round
-# costs one more partition of the vocabulary.
-_NUCLEUS_FIRST = 128
-_NUCLEUS_GROWTH = 16
 
 
 def _number(name: str, value: object, low: float, high: float, wanted: str) -> float:
@@ -133,7 +129,12 @@ def greedy(logits: NDArray[np.float32]) -> int:
 def penalize(
     logits: NDArray[np.float32], seen: NDArray[np.integer[Any]], penalty: float
 ) -> NDArray[np.float32]:
-    """A copy of `logits` with the repetition penalty on the ids in `seen` (any order, repeats)."""
+    """A copy of `logits` with the repetition penalty on the ids in `seen` (any order, repeats).
+
+    Raises:
+        RuntimeError: As `greedy`.
+    """
+    greedy(logits)  # refuses bad logits before clipping could hide them
     out = logits.copy()
     # Gathered before it is scattered: an id that stands twice in `seen` is penalized once. In
     # float64, where every penalty is a finite number above 0; in float32 it may round to neither.
@@ -161,97 +162,6 @@ def top_k_ids(logits: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:
         equal = np.flatnonzero(logits[at_least] == kth)
         at_least = np.delete(at_least, equal[len(equal) - surplus :])
     return at_least
-
-
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """Positions (ascending) of the shortest run of the highest weights that reaches `top_p`."""
-    n = len(weights)
-    wanted = top_p * float(weights.sum())
-    k = _NUCLEUS_FIRST
-    while True:
-        candidates = top_k_ids(weights, k)
-        # Stable on the negated weights: equals stay in order of id.
-        order = candidates[np.argsort(-weights[candidates], kind="stable")]
-        reached = np.cumsum(weights[order])
-        if reached[-1] >= wanted or len(order) == n:
-            # Rounding can leave the last sum short of the total: then everything is kept.
-            length = int(np.searchsorted(reached, wanted, side="left")) + 1
-            return np.sort(order[:length])
-        k *= _NUCLEUS_GROWTH
-
-
-def candidates(
-    logits: NDArray[np.float32], params: SamplingParams
-) -> tuple[NDArray[np.intp] | None, NDArray[np.float64]]:
-    """What temperature, top_k, top_p and min_p leave of a row of logits.
-
-    Args:
-        logits: float32, shape (vocab_size,), penalized already where that is asked for.
-        params: With a temperature above 0.
-
-    Returns:
-        The kept ids in ascending order (None: all of them), and their weights: float64,
-        proportional to their probabilities, 1 for the most probable token.
-
-    Raises:
-        RuntimeError: As `greedy`.
-    """
-    highest = float(logits[greedy(logits)])
-    ids = None
-    if 0 < params.top_k < len(logits):
-        ids = top_k_ids(logits, params.top_k)
-        logits = logits[ids]
-    weights = logits.astype(np.float64)
-    weights -= highest
-    # A tiny temperature sends all but the best to -inf, whose weight is rightly 0.
-    with np.errstate(over="ignore", under="ignore"):
-        weights /= params.temperature
-        np.exp(weights, out=weights)
-    if params.top_p < 1.0:
-        kept = _nucleus(weights, params.top_p)
-        weights = weights[kept]
-        ids = kept if ids is None else ids[kept]
-    if params.min_p > 0.0:
-        kept = np.flatnonzero(weights >= params.min_p)
-        weights = weights[kept]
-        ids = kept if ids is None else ids[kept]
-    return ids, weights
-
-
-def sample(
-    logits: NDArray[np.float32],
-    params: SamplingParams,
-    rng: np.random.Generator,
-    seen: NDArray[np.integer[Any]] | None = None,
-) -> int:
-    """Chooses the next token. The row of logits is not changed.
-
-    Args:
-        logits: float32, shape (vocab_size,).
-        params: How to choose.
-        rng: This sequence's own generator; one number is drawn unless decoding is greedy.
-        seen: Ids of the prompt and of what was generated so far, for the repetition penalty.
-
-    Returns:
-        A token id.
-
-    Raises:
-        RuntimeError: The logits hold NaN or +inf, or nothing above -inf.
-    """
-    if params.repetition_penalty != 1.0 and seen is not None and len(seen):
-        greedy(logits)  # refuses bad logits before clipping could hide them
-        logits = penalize(logits, seen, params.repetition_penalty)
-    if params.temperature == 0.0:
-        return greedy(logits)
-    ids, weights = candidates(logits, params)
-    reached = np.cumsum(weights)
-    drawn = rng.random() * reached[-1]
-    # The first token whose sum exceeds the draw: one of weight 0 never does. Where rounding puts
-    # the draw on the total itself, the last token that adds to it is taken.
-    place = int(np.searchsorted(reached, drawn, side="right"))
-    if place == len(reached):
-        place = int(np.searchsorted(reached, reached[-1], side="left"))
-    return place if ids is None else int(ids[place])
 
 
 def logprobs(logits: NDArray[np.float32], token: int, top: int = 0) -> Logprobs:

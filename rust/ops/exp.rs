@@ -20,7 +20,12 @@ pub(crate) fn exp(x: f32) -> f32 {
     // Outside, the result is 0 or infinite; inside, 2^n is two normal powers.
     let x_in = if x < -104.0 { -104.0 } else { x };
     let x_in = if x_in > 89.0 { 89.0 } else { x_in };
-    let n = (x_in * std::f32::consts::LOG2_E).round_ties_even();
+    // 1.5 * 2^23, whose ulp is 1: added, it rounds to an integer, to even among
+    // equals, which then stands in the lowest bits. A conversion to i32 would
+    // saturate, for which there is no vector instruction.
+    const SHIFT: f32 = 12_582_912.0;
+    let shifted = x_in * std::f32::consts::LOG2_E + SHIFT;
+    let n = shifted - SHIFT;
     let r = n.mul_add(-LN2_HIGH, x_in);
     let r = n.mul_add(-LN2_LOW, r);
     let mut p = 1.0 / 5040.0;
@@ -33,7 +38,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = r.mul_add(p, 1.0);
     // 2^n in two steps, each a normal number: the second multiplication rounds
     // once into the subnormals, or overflows to infinity.
-    let n = n as i32;
+    // (Of a NaN they are arbitrary: p is NaN then, and stays it.)
+    let n = shifted.to_bits().wrapping_sub(SHIFT.to_bits()) as i32;
     let half = n >> 1;
     let power = |k: i32| f32::from_bits(((k + 127) as u32) << 23);
     p * power(half) * power(n - half)

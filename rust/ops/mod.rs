@@ -13,6 +13,7 @@ pub mod head;
 pub(crate) mod lanes;
 pub mod rms_norm;
 pub mod rope;
+pub mod sample;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
