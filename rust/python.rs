@@ -144,7 +144,10 @@ impl Weights for PyWeights<'_, '_> {
         arm!(f32, TensorData::F32);
         arm!(u16, TensorData::Bf16);
         arm!(half::f16, f16_bits);
-        Err(wrong_dtype(name, &array))
+        Err(invalid!(
+            "tensor {name:?} has dtype {}; wanted int8, float32, float16, or uint16 for bfloat16",
+            array.dtype()
+        ))
     }
 
     /// Arrays that nobody can write to, such as mapped files, are held on to;
@@ -159,16 +162,12 @@ impl Weights for PyWeights<'_, '_> {
         } else if let Some(kept) = kept::<u16, Bf16>(&array) {
             Ok((shape, Floats::Bf16(kept)))
         } else {
-            Err(wrong_dtype(name, &array))
+            Err(invalid!(
+                "tensor {name:?} has dtype {}; wanted float32, float16, or uint16 for bfloat16",
+                array.dtype()
+            ))
         }
     }
-}
-
-fn wrong_dtype(name: &str, array: &Bound<'_, PyUntypedArray>) -> Error {
-    invalid!(
-        "tensor {name:?} has dtype {}; wanted int8, float32, float16, or uint16 for bfloat16",
-        array.dtype()
-    )
 }
 
 /// An array whose elements, of type `T`, are read as `U` for as long as this

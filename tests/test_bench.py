@@ -209,13 +209,22 @@ def test_report(tiny: _core.Model) -> None:
     assert report.bytes_per_token == tiny.facts["bytes_per_token"]
     assert len(report.runs) == 2
     assert report.prefill_tokens_per_s > 0
-    in_all = report.decode_tokens_per_s * report.bytes_per_token / 1e9
+    # 2 layers, 2 key/value heads of 16, float16, keys and values; 73 positions on average
+    assert report.kv_bytes_per_token == 2 * 2 * 16 * 2 * 2 * 73
+    read = report.bytes_per_token + report.kv_bytes_per_token
+    in_all = report.decode_tokens_per_s * read / 1e9
     assert report.read_gb_per_s == pytest.approx(in_all)
     assert report.memory_read_gb_per_s is not None
     assert report.read_percent == pytest.approx(
         100 * report.read_gb_per_s / report.memory_read_gb_per_s
     )
     assert any("run 2 of 2" in line for line in said)
+    assert 1 <= report.rescored_per_token <= 307
+    assert report.full_heads <= 2 * (5 + 1)
+    assert sum(row.percent for row in report.profile) == pytest.approx(100)
+    assert {"q, k, v", "attention", "head: scan"} <= {row.name for row in report.profile}
+    # One thread waits for nobody.
+    assert report.waiting_percent == report.alone_percent == 0
     content = json.loads(json.dumps(report.to_dict()))
     assert content["runs"][0].keys() == {"prefill_s", "decode_s"}
     assert content["build_profile"] in ("release", "debug")
@@ -242,16 +251,24 @@ def test_without_memory_for_the_bandwidth_the_rest_is_reported(
 
 
 def test_bench_runs_the_steps_it_counts(tiny: _core.Model) -> None:
-    calls: list[int] = []
+    calls: list[tuple[int, int]] = []
 
     class Counting:
         facts, kernel, threads = tiny.facts, tiny.kernel, tiny.threads
         prefill_kernel = tiny.prefill_kernel
         new_cache = staticmethod(tiny.new_cache)
 
-        def forward(self, batch: list[tuple[np.ndarray, _core.KvCache]]) -> np.ndarray:
-            calls.append(len(batch[0][0]))
-            return tiny.forward(batch)
+        profile = staticmethod(tiny.profile)
+
+        @property
+        def head_use(self) -> dict[str, int]:
+            return tiny.head_use
+
+        def forward_top(
+            self, batch: list[tuple[np.ndarray, _core.KvCache]], top: list[int]
+        ) -> list[tuple[np.ndarray | None, np.ndarray]]:
+            calls.append((len(batch[0][0]), top[0]))
+            return tiny.forward_top(batch, top)
 
     bench.run(
         Counting(),  # type: ignore[arg-type]  # as much of the core as is used
@@ -261,8 +278,9 @@ def test_bench_runs_the_steps_it_counts(tiny: _core.Model) -> None:
         repetitions=2,
         chunk_tokens=10,
     )
-    warm_up = [10, 10, 5, 1, 1, 1]
-    assert calls == warm_up + 2 * [10, 10, 5, 1, 1, 1]
+    # Logits of the prompt's last token only, and of each that follows. Warm-up, runs, profile.
+    one = [(10, 0), (10, 0), (5, 1), (1, 1), (1, 1), (1, 1)]
+    assert calls == 4 * one
 
 
 def test_lengths_left_open_fit_the_context(tiny: _core.Model) -> None:

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -645,6 +645,75 @@ def test_tensors_are_asked_for_once_and_one_at_a_time(checkpoint: Checkpoint) ->
     assert watched.most_alive == 1
 
 
+@pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_best_logits_are_the_full_heads(
+    checkpoint: Checkpoint, threads: int, kv_dtype: Literal["f16", "f32"]
+) -> None:
+    model = _core.Model(checkpoint.core_config, checkpoint.weights, threads=threads)
+    rng = np.random.default_rng(5)
+    vocab = int(model.facts["vocab_size"])
+    prompts = [rng.integers(vocab, size=n, dtype=np.uint32) for n in (1, 9, 2, 30, 1, 4)]
+    tops = [1, None, 40, 0, vocab + 5, 300]
+    caches = [model.new_cache(40, kv_dtype) for _ in prompts]
+    found = model.forward_top(list(zip(prompts, caches, strict=True)), tops)
+    for prompt, top, (ids, logits) in zip(prompts, tops, found, strict=True):
+        full = model.forward([(prompt, model.new_cache(40, kv_dtype))])[0]
+        if top is None:
+            assert ids is None
+            np.testing.assert_array_equal(logits.view(np.uint32), full.view(np.uint32))
+            continue
+        wanted = np.sort(np.argsort(-full, kind="stable")[:top])
+        assert ids is not None
+        assert ids.dtype == np.uint32
+        np.testing.assert_array_equal(ids, wanted)
+        np.testing.assert_array_equal(logits.view(np.uint32), full[wanted].view(np.uint32))
+    used = model.head_use
+    assert used["scans"] == 4
+    assert used["full"] >= 2  # 300 and all of them are more than a scan is for
+    # Where it is for one of two, each token was found by the few rows that may be the best.
+    assert used["rescored"] < (used["scans"] - used["full"]) * vocab
+
+
+def test_tops_have_to_fit_the_batch(checkpoint: Checkpoint) -> None:
+    model = _core.Model(checkpoint.core_config, checkpoint.weights)
+    batch = [(np.array([1], np.uint32), model.new_cache(4))]
+    for tops in ([], [1, 1]):
+        with pytest.raises(ValueError, match="wants for 1 segments"):
+            model.forward_top(batch, tops)
+    with pytest.raises((TypeError, OverflowError)):
+        model.forward_top(batch, [-1])
+    assert len(batch[0][1]) == 0
+
+
+def test_arrays_that_may_change_are_copied(checkpoint: Checkpoint) -> None:
+    weights = {name: np.array(array) for name, array in checkpoint.weights.items()}
+    model = _core.Model(checkpoint.core_config, weights)
+    ids = np.array([3, 1, 4], np.uint32)
+    before = model.forward([(ids, model.new_cache(3))])
+    for array in weights.values():
+        array.fill(0)
+    np.testing.assert_array_equal(before, model.forward([(ids, model.new_cache(3))]))
+
+
+def test_profiles_add_up(checkpoint: Checkpoint) -> None:
+    model = _core.Model(checkpoint.core_config, checkpoint.weights, threads=2)
+    batch = [(np.array([1], np.uint32), model.new_cache(9))]
+    model.forward_top(batch, [1])
+    assert model.profile(True) == []
+    model.forward_top(batch, [1])
+    model.forward(batch)
+    laps = {name: (count, wall, busy) for name, count, wall, busy in model.profile(False)}
+    layers = int(model.facts["n_layers"])
+    assert laps["q, k, v"][0] == laps["down"][0] == 2 * layers
+    assert laps["head: scan"][0] == laps["head, all logits"][0] == 1
+    assert all(wall > 0 for _, wall, _ in laps.values())
+    # Two threads cannot be busy for longer than twice what the clock says.
+    assert all(busy <= 2.1 * wall + 1e-5 for _, wall, busy in laps.values())
+    model.forward_top(batch, [1])
+    assert model.profile(False) == []
+
+
 def test_facts_count_weights_and_bytes(tmp_path: Path) -> None:
     for tied in (True, False):
         checkpoint = opened(
@@ -654,15 +723,17 @@ def test_facts_count_weights_and_bytes(tmp_path: Path) -> None:
         sizes = {name: array.size for name, array in checkpoint.weights.items()}
         ternary = sum(n for name, n in sizes.items() if "_proj" in name)
         norms = 4 * sum(n for name, n in sizes.items() if "norm" in name)
-        head = 2 * 1024 * 96  # 80 columns are kept as three chunks of 32
+        head = 2 * 1024 * 80
+        scan = 1024 * (128 + 12)  # two chunks of 64 columns, three bounds
         facts: dict[str, Any] = model.facts
         assert facts["params"] == sum(sizes.values())
         assert facts["ternary_params"] == ternary
         assert facts["ternary_bytes"] >= ternary / 4
         assert facts["head_bytes"] == head
-        assert facts["bytes_per_token"] == facts["ternary_bytes"] + norms + head
+        assert facts["scan_bytes"] == scan
+        assert facts["bytes_per_token"] == facts["ternary_bytes"] + norms + scan
         embeddings = head if tied else 2 * head
-        assert facts["packed_bytes"] == facts["ternary_bytes"] + norms + embeddings
+        assert facts["packed_bytes"] == facts["ternary_bytes"] + norms + embeddings + scan
         wanted = {
             "n_layers": 2,
             "hidden_size": 80,
@@ -766,7 +837,7 @@ BAD_TENSORS: list[tuple[str, Callable[[NDArray[Any]], Any], str]] = [
     (NORM, lambda w: w.astype(np.float64), "dtype float64"),
     (NORM, lambda w: w * np.float32("inf"), "infinities or NaNs"),
     (EMBEDDING, lambda w: w.T.copy(), r"has shape \[80, 1024\]; wanted \[1024, 80\]"),
-    (EMBEDDING, lambda w: w.astype(np.int8), "dtype int8; wanted floats"),
+    (EMBEDDING, lambda w: w.astype(np.int8), "dtype int8; wanted float32"),
     (EMBEDDING, lambda w: np.full_like(w, 0x7FC0), "NaN|infinit|finite"),
 ]  # fmt: skip
 

@@ -25,9 +25,10 @@ Spoil = Callable[["Core", Batch, np.ndarray], None]
 class Core:
     """A core whose logits pass through `spoil`, which may change them in place."""
 
-    def __init__(self, inner: _core.Model, spoil: Spoil) -> None:
+    def __init__(self, inner: _core.Model, spoil: Spoil, *, spoil_top: bool = False) -> None:
         self._inner = inner
         self._spoil = spoil
+        self._spoil_top = spoil_top
         self.kernel, self.threads, self.facts = inner.kernel, inner.threads, inner.facts
 
     def new_cache(self, capacity: int, kv_dtype: Literal["f16", "f32"]) -> _core.KvCache:
@@ -38,13 +39,25 @@ class Core:
         self._spoil(self, batch, rows)
         return rows
 
+    def forward_top(
+        self, batch: Batch, top: list[int | None]
+    ) -> list[tuple[np.ndarray | None, np.ndarray]]:
+        found = self._inner.forward_top(batch, top)
+        if self._spoil_top:
+            found[0][1].view(np.uint32)[-1] ^= 1
+        return found
 
-def failed(spoil: Spoil, golden: Path | None = None) -> dict[str, str]:
-    """Names and details of the checks that fail with spoiled logits."""
+    @property
+    def head_use(self) -> dict[str, int]:
+        return self._inner.head_use
+
+
+def failed(spoil: Spoil, golden: Path | None = None, *, top: bool = False) -> dict[str, str]:
+    """Names and details of the checks that fail with spoiled logits, or spoiled best ones."""
     source = synthetic.synthetic("tiny")
 
     def build(kernel: str, threads: int) -> Any:
-        return Core(source.build(kernel=kernel, threads=threads), spoil)
+        return Core(source.build(kernel=kernel, threads=threads), spoil, spoil_top=top)
 
     kernels = _core.kernels()
     checks = list(verify.check_core(build(kernels[0], 2), build, kernels=kernels, golden=golden))
@@ -69,6 +82,7 @@ def test_demo_passes() -> None:
     *fast, scalar = _core.kernels()
     for name in (
         "logits finite",
+        "int8-scanned head = full head",
         "prefill = token by token",
         "chunks = one",
         "truncated cache = fresh",
@@ -120,6 +134,12 @@ def test_golden_logits_elsewhere_are_compared_if_named(tmp_path: Path) -> None:
 
 def test_nothing_fails_unspoiled() -> None:
     assert failed(lambda core, batch, rows: None) == {}
+
+
+def test_best_logits_that_differ_are_named() -> None:
+    wrong = failed(lambda core, batch, rows: None, top=True)
+    assert list(wrong) == ["int8-scanned head = full head"]
+    assert "rows rescored" in wrong["int8-scanned head = full head"]
 
 
 def test_a_kernel_that_differs_is_named() -> None:

@@ -98,8 +98,8 @@ impl Team {
     /// Runs `task(0)` to `task(n - 1)` on the team. Outside of
     /// [`run`](Team::run), and inside another task, one after the other.
     fn step(&self, n: usize, task: impl Fn(usize) + Sync) {
-        // A single task is what one thread does alone.
-        if n > 1 && self.profile.is_on() {
+        // A single task is what one thread does alone, and so is everything if there is one.
+        if n > 1 && self.threads > 1 && self.profile.is_on() {
             let timed = |i| self.profile.timed(|| task(i));
             self.step_on_crew(n, &timed);
         } else {
