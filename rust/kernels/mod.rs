@@ -332,7 +332,7 @@ impl PackedMatrix {
     fn zeroed(kernels: Kernels, rows: usize, cols: usize, scale: f32) -> Self {
         let layout = kernels.layout();
         let (row_group, group_bytes) = (layout.row_group(), layout.group_bytes(cols));
-        let bytes = AlignedBytes::zeroed(rows.div_ceil(row_group) * group_bytes);
+        let bytes = AlignedBytes::zeroed_shared(rows.div_ceil(row_group) * group_bytes);
         Self { kernels, rows, cols, scale, row_group, group_bytes, bytes }
     }
 
