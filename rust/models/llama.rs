@@ -78,12 +78,14 @@ impl Llama {
     ) -> Result<Self, Error> {
         let dims = Dims::read(config)?;
         config.hidden_act(&[Activation::Silu])?;
+        // First: while this largest tensor is converted, no layer takes memory yet.
+        let embeddings = Embeddings::new(weights, &machine, &dims)?;
         let layers = (0..dims.n_layers)
             .map(|i| Layer::new(weights, &machine, &dims, i))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             rope: Rope::new(dims.head_dim, dims.rope_theta),
-            embeddings: Embeddings::new(weights, &machine, &dims)?,
+            embeddings,
             norm: vector(weights, "model.norm.weight", dims.hidden)?,
             layers,
             machine: machine.stopped(),
