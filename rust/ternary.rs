@@ -1,6 +1,8 @@
 //! The canonical form of a ternary weight matrix, and absmean quantization,
 //! which makes one from master weights. No layouts and no SIMD: every file
-//! format becomes this first, and every kernel packs from this.
+//! format becomes this first, and every kernel packs from this. Its trits may
+//! stay as a file has them, four a byte: they become int8 a few rows at a time,
+//! where and when they are packed.
 
 use std::ops::Range;
 

@@ -4,7 +4,9 @@ For `names.py`, which turns them into canonical weights. It stands apart because
 container and nothing of models. The `safetensors` package validates every file (header,
 offsets, length) before anything is read; after that this module reads the offsets itself, since
 bfloat16 is no numpy dtype and each tensor must be mapped, used and dropped on its own: peak
-memory while loading is the packed model plus about one tensor.
+memory while loading is the packed model plus about one tensor. Advice to the system about what
+will be read (`MADV_SEQUENTIAL`, `WILLNEED`, `POPULATE_READ`) made no difference that could be
+told from noise, whether or not the file was in the page cache.
 """
 
 import json
