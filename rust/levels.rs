@@ -3,8 +3,10 @@
 //! the element-wise tables (`kernels/generic/elut.rs`) take anything but
 //! trits. Apart from `ternary.rs` because models know ternary matrices alone.
 
+use std::ops::Range;
+
 use crate::error::{Error, invalid};
-use crate::ternary::{TernaryMatrix, check_matrix};
+use crate::ternary::{TernaryMatrix, Values, check_len, check_size};
 
 /// Most levels: three bits.
 pub const MAX_LEVELS: usize = 8;
@@ -70,7 +72,7 @@ impl Levels {
 /// A row-major matrix of levels with one scale, borrowed.
 #[derive(Clone, Copy, Debug)]
 pub struct LevelMatrix<'a> {
-    values: &'a [i8],
+    values: Values<'a>,
     rows: usize,
     cols: usize,
     scale: f32,
@@ -94,7 +96,8 @@ impl<'a> LevelMatrix<'a> {
     ) -> Result<Self, Error> {
         let most = ((1usize << 24) - 1) / (128 * levels.max_abs().max(1) as usize);
         let what = format!("matrix with levels {:?}", levels.values());
-        check_matrix(&what, values.len(), rows, cols, most, scale)?;
+        check_size(&what, rows, cols, most, scale)?;
+        check_len("values", values.len(), rows, cols)?;
         let mut allowed = [false; 256];
         levels.values().iter().for_each(|&v| allowed[usize::from(v as u8)] = true);
         if let Some(at) = values.iter().position(|&v| !allowed[usize::from(v as u8)]) {
@@ -105,7 +108,7 @@ impl<'a> LevelMatrix<'a> {
                 levels.values()
             ));
         }
-        Ok(Self { values, rows, cols, scale, levels })
+        Ok(Self { values: Values::Bytes(values), rows, cols, scale, levels })
     }
 
     /// Out-features.
@@ -132,10 +135,9 @@ impl<'a> LevelMatrix<'a> {
         self.levels
     }
 
-    /// One row.
-    #[must_use]
-    pub fn row(&self, r: usize) -> &'a [i8] {
-        &self.values[r * self.cols..(r + 1) * self.cols]
+    /// Rows of values: where they stand, or unpacked to `buffer`.
+    pub fn read<'b>(&'b self, rows: Range<usize>, buffer: &'b mut Vec<i8>) -> &'b [i8] {
+        self.values.rows(rows, self.cols, buffer)
     }
 }
 
@@ -143,7 +145,7 @@ impl<'a> LevelMatrix<'a> {
 impl<'a> From<&TernaryMatrix<'a>> for LevelMatrix<'a> {
     fn from(w: &TernaryMatrix<'a>) -> Self {
         Self {
-            values: w.trits(),
+            values: w.values(),
             rows: w.rows(),
             cols: w.cols(),
             scale: w.scale(),

@@ -141,11 +141,13 @@ impl Weights for PyWeights<'_, '_> {
             };
         }
         arm!(i8, TensorData::I8);
+        arm!(u8, TensorData::U8);
         arm!(f32, TensorData::F32);
         arm!(u16, TensorData::Bf16);
         arm!(half::f16, f16_bits);
         Err(invalid!(
-            "tensor {name:?} has dtype {}; wanted int8, float32, float16, or uint16 for bfloat16",
+            "tensor {name:?} has dtype {}; wanted int8, uint8, float32, float16, or uint16 for \
+             bfloat16",
             array.dtype()
         ))
     }

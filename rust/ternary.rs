@@ -1,6 +1,10 @@
 //! The canonical form of a ternary weight matrix, and absmean quantization,
 //! which makes one from master weights. No layouts and no SIMD: every file
-//! format becomes this first, and every kernel packs from this.
+//! format becomes this first, and every kernel packs from this. Its trits may
+//! stay as a file has them, four a byte: they become int8 a few rows at a time,
+//! where and when they are packed.
+
+use std::ops::Range;
 
 use crate::error::{Error, invalid};
 
@@ -8,10 +12,60 @@ use crate::error::{Error, invalid};
 /// integer sum of a row converts to f32 exactly.
 pub const MAX_COLS: usize = 131_072;
 
+/// Rows that share a byte of [`TernaryMatrix::from_quarters`].
+pub const QUARTERS: usize = 4;
+
+/// How the values of a matrix are stored, row-major.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Values<'a> {
+    /// A byte each.
+    Bytes(&'a [i8]),
+    /// Trits as [`TernaryMatrix::from_quarters`] takes them, and the rows of a
+    /// quarter.
+    Quarters(&'a [u8], usize),
+}
+
+impl<'a> Values<'a> {
+    /// Rows as int8: where they stand, or unpacked to `buffer`.
+    pub(crate) fn rows<'b>(
+        self,
+        rows: Range<usize>,
+        cols: usize,
+        buffer: &'b mut Vec<i8>,
+    ) -> &'b [i8]
+    where
+        'a: 'b,
+    {
+        match self {
+            Values::Bytes(values) => &values[rows.start * cols..rows.end * cols],
+            Values::Quarters(bytes, quarter) => {
+                buffer.resize(rows.len() * cols, 0);
+                for (r, row) in rows.zip(buffer.chunks_exact_mut(cols)) {
+                    let bytes = &bytes[r % quarter * cols..][..cols];
+                    // A loop for each, since the compiler vectorizes shifts by constants.
+                    match r / quarter {
+                        0 => unpack_quarter::<0>(bytes, row),
+                        1 => unpack_quarter::<1>(bytes, row),
+                        2 => unpack_quarter::<2>(bytes, row),
+                        _ => unpack_quarter::<3>(bytes, row),
+                    }
+                }
+                buffer
+            }
+        }
+    }
+}
+
+fn unpack_quarter<const QUARTER: usize>(bytes: &[u8], row: &mut [i8]) {
+    for (t, byte) in row.iter_mut().zip(bytes) {
+        *t = (byte >> (2 * QUARTER) & 3) as i8 - 1;
+    }
+}
+
 /// A matrix of -1, 0 and +1 with one scale, borrowed, row-major.
 #[derive(Clone, Copy, Debug)]
 pub struct TernaryMatrix<'a> {
-    trits: &'a [i8],
+    values: Values<'a>,
     rows: usize,
     cols: usize,
     scale: f32,
@@ -25,7 +79,8 @@ impl<'a> TernaryMatrix<'a> {
     /// [`MAX_COLS`] or more, a value other than -1, 0 and +1, a scale that is
     /// not finite.
     pub fn new(trits: &'a [i8], rows: usize, cols: usize, scale: f32) -> Result<Self, Error> {
-        check_matrix("ternary matrix", trits.len(), rows, cols, MAX_COLS - 1, scale)?;
+        check_size("ternary matrix", rows, cols, MAX_COLS - 1, scale)?;
+        check_len("values", trits.len(), rows, cols)?;
         // Branch-free over a row, so that checking costs one pass at memory speed.
         for (r, row) in trits.chunks_exact(cols).enumerate() {
             if row.iter().fold(0u8, |bad, &t| bad | u8::from(!(-1..=1).contains(&t))) != 0 {
@@ -33,7 +88,37 @@ impl<'a> TernaryMatrix<'a> {
                 return Err(invalid!("row {r} holds {found}; ternary values are -1, 0 and 1"));
             }
         }
-        Ok(Self { trits, rows, cols, scale })
+        Ok(Self { values: Values::Bytes(trits), rows, cols, scale })
+    }
+
+    /// Checks and wraps trits in two bits each, as Hugging Face stores them:
+    /// with `R = ceil(rows / 4)`, byte `[r, c]` of `R` x `cols` holds, from the
+    /// lowest bits on, column `c` of the rows `r`, `R + r`, `2 R + r` and
+    /// `3 R + r`, each trit plus one. What would be rows past the last is
+    /// padding, and may be any trit.
+    ///
+    /// # Errors
+    /// As [`new`](TernaryMatrix::new); the value that is no trit is code 3, also in padding.
+    pub fn from_quarters(
+        bytes: &'a [u8],
+        rows: usize,
+        cols: usize,
+        scale: f32,
+    ) -> Result<Self, Error> {
+        check_size("ternary matrix", rows, cols, MAX_COLS - 1, scale)?;
+        let quarter = rows.div_ceil(QUARTERS);
+        check_len("bytes", bytes.len(), quarter, cols)?;
+        let is_bad = |byte: u8| byte & byte >> 1 & 0x55; // both bits of a code set
+        for (r, row) in bytes.chunks_exact(cols).enumerate() {
+            if row.iter().fold(0, |bad, &byte| bad | is_bad(byte)) != 0 {
+                let c = row.iter().position(|&byte| is_bad(byte) != 0).unwrap_or(0);
+                return Err(invalid!(
+                    "has the code 3 in byte [{r}, {c}]; packed ternary weights have only 0, 1 and \
+                     2 (-1, 0, +1). The file is damaged or not a ternary model"
+                ));
+            }
+        }
+        Ok(Self { values: Values::Quarters(bytes, quarter), rows, cols, scale })
     }
 
     /// Out-features.
@@ -54,24 +139,21 @@ impl<'a> TernaryMatrix<'a> {
         self.scale
     }
 
-    /// All trits, row-major.
-    #[must_use]
-    pub fn trits(&self) -> &'a [i8] {
-        self.trits
+    /// How and where the trits are stored.
+    pub(crate) fn values(&self) -> Values<'a> {
+        self.values
     }
 
-    /// One row of trits.
-    #[must_use]
-    pub fn row(&self, r: usize) -> &'a [i8] {
-        &self.trits[r * self.cols..(r + 1) * self.cols]
+    /// Rows of trits: where they stand, or unpacked to `buffer`.
+    pub fn read<'b>(&'b self, rows: Range<usize>, buffer: &'b mut Vec<i8>) -> &'b [i8] {
+        self.values.rows(rows, self.cols, buffer)
     }
 }
 
-/// What has to hold of `len` values that make a matrix with integer weights,
-/// `what`, of `rows` x `cols`: at least one, and at most `most` columns.
-pub(crate) fn check_matrix(
+/// What has to hold of the size and the scale of a matrix with integer
+/// weights, `what`: at least one row, and 1 to `most` columns.
+pub(crate) fn check_size(
     what: &str,
-    len: usize,
     rows: usize,
     cols: usize,
     most: usize,
@@ -82,11 +164,16 @@ pub(crate) fn check_matrix(
             "a {what} of {rows} x {cols}; wanted at least one row and 1 to {most} columns"
         ));
     }
-    if rows.checked_mul(cols) != Some(len) {
-        return Err(invalid!("{len} values for a {what} of {rows} x {cols}"));
-    }
     if !scale.is_finite() {
         return Err(invalid!("a scale of {scale}; wanted a finite number"));
+    }
+    Ok(())
+}
+
+/// Whether `len` values, or whatever `what` says, are `rows` x `cols` of them.
+pub(crate) fn check_len(what: &str, len: usize, rows: usize, cols: usize) -> Result<(), Error> {
+    if rows.checked_mul(cols) != Some(len) {
+        return Err(invalid!("{len} {what}; wanted {rows} x {cols}"));
     }
     Ok(())
 }
@@ -140,6 +227,45 @@ mod tests {
             (&[0; MAX_COLS], 1, MAX_COLS, 1.0),
         ] {
             assert!(TernaryMatrix::new(trits, rows, cols, scale).is_err());
+        }
+    }
+
+    #[test]
+    fn quarters_give_the_rows_they_were_made_of() {
+        for (rows, cols) in [(1usize, 1), (3, 5), (4, 3), (8, 70), (9, 2), (10, 33), (127, 19)] {
+            let trits: Vec<i8> = (0..rows * cols).map(|i| (i * i % 7 % 3) as i8 - 1).collect();
+            let quarter = rows.div_ceil(4);
+            let mut bytes = vec![0; quarter * cols];
+            for (r, row) in trits.chunks_exact(cols).enumerate() {
+                for (c, &t) in row.iter().enumerate() {
+                    bytes[r % quarter * cols + c] |= ((t + 1) as u8) << (2 * (r / quarter));
+                }
+            }
+            let w = TernaryMatrix::from_quarters(&bytes, rows, cols, 1.0).unwrap();
+            let mut buffer = Vec::new();
+            assert_eq!(w.read(0..rows, &mut buffer), trits, "{rows} x {cols}");
+            for r in 0..rows {
+                assert_eq!(w.read(r..r + 1, &mut buffer), &trits[r * cols..][..cols]);
+            }
+        }
+    }
+
+    #[test]
+    fn code_3_is_refused_wherever_it_stands() {
+        for (rows, cols) in [(1usize, 1), (8, 37), (9, 16)] {
+            let mut bytes = vec![0b01_10_00_01; rows.div_ceil(4) * cols];
+            for at in 0..bytes.len() {
+                for quarter in 0..4 {
+                    let old = bytes[at];
+                    bytes[at] |= 3 << (2 * quarter);
+                    let error = TernaryMatrix::from_quarters(&bytes, rows, cols, 1.0).unwrap_err();
+                    let place = format!("code 3 in byte [{}, {}];", at / cols, at % cols);
+                    assert!(error.to_string().contains(&place), "{error}");
+                    bytes[at] = old;
+                }
+            }
+            assert!(TernaryMatrix::from_quarters(&bytes, rows, cols, 1.0).is_ok());
+            assert!(TernaryMatrix::from_quarters(&bytes[1..], rows, cols, 1.0).is_err());
         }
     }
 

@@ -117,8 +117,9 @@ def write(
         trits = rng.integers(-1, 2, (rows, cols), np.int8)
         scale = encode(rng.uniform(0.5, 2.0, 1), dtype)
         alpha = decode(scale)
-        stored[name], stored[f"{name}_scale"] = ("U8", pack(trits)), scale
-        canonical[name] = trits
+        packed = pack(trits)
+        stored[name], stored[f"{name}_scale"] = ("U8", packed), scale
+        canonical[name] = packed
         canonical[f"{name}_scale"] = np.float32(1) / alpha if form == "divide" else alpha
 
     dense("model.embed_tokens.weight", rng.normal(0, 1, (vocab_size, hidden_size)))

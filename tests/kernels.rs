@@ -45,9 +45,11 @@ fn naive(w: &TernaryMatrix<'_>, x: &[f32]) -> Vec<f32> {
     let s = 1.0 / a * 127.0;
     let q: Vec<i64> =
         x.iter().map(|v| (v * s).round_ties_even().clamp(-128.0, 127.0) as i64).collect();
-    (0..w.rows())
-        .map(|r| {
-            let acc: i64 = w.row(r).iter().zip(&q).map(|(&t, &q)| i64::from(t) * q).sum();
+    let mut buffer = Vec::new();
+    w.read(0..w.rows(), &mut buffer)
+        .chunks_exact(w.cols())
+        .map(|row| {
+            let acc: i64 = row.iter().zip(&q).map(|(&t, &q)| i64::from(t) * q).sum();
             acc as f32 / s * w.scale()
         })
         .collect()
@@ -177,10 +179,10 @@ fn sums_at_the_bounds_of_int8() {
             let right: Vec<Vec<f32>> = inputs
                 .iter()
                 .map(|q| {
-                    let sum = |r: usize| -> i64 {
-                        w.row(r).iter().zip(q).map(|(&t, &q)| i64::from(t) * i64::from(q)).sum()
+                    let sum = |row: &[i8]| -> i64 {
+                        row.iter().zip(q).map(|(&t, &q)| i64::from(t) * i64::from(q)).sum()
                     };
-                    (0..rows).map(|r| sum(r) as f32 / 3.0 * w.scale()).collect()
+                    trits.chunks_exact(cols).map(|row| sum(row) as f32 / 3.0 * w.scale()).collect()
                 })
                 .collect();
             for kernel in available(isa) {
@@ -238,7 +240,20 @@ fn sums_of_five_fields_at_the_bounds() {
     }
 }
 
-/// Packing and unpacking is the identity for every layout and shape.
+/// Four trits a byte, as `TernaryMatrix::from_quarters` takes them.
+fn quarters(trits: &[i8], rows: usize, cols: usize) -> Vec<u8> {
+    let quarter = rows.div_ceil(4);
+    let mut bytes = vec![0; quarter * cols];
+    for (r, row) in trits.chunks_exact(cols).enumerate() {
+        for (byte, &t) in bytes[r % quarter * cols..].iter_mut().zip(row) {
+            *byte |= ((t + 1) as u8) << (2 * (r / quarter));
+        }
+    }
+    bytes
+}
+
+/// Packing and unpacking is the identity for every layout and shape, whichever
+/// way the weights are stored.
 #[test]
 fn unpack_gives_the_weights_again() {
     let mut rng = Rng(5);
@@ -248,10 +263,16 @@ fn unpack_gives_the_weights_again() {
     for cols in widths.step_by(common::one_in()) {
         for rows in [1, 2, 3, 4, 5, 8, 31, 33, 65] {
             let trits = rng.trits(rows * cols);
-            let w = TernaryMatrix::new(&trits, rows, cols, 1.0).unwrap();
-            for kernel in available(Isa::best().unwrap()) {
-                let packed = PackedMatrix::pack(Kernels::of(kernel), &w, &team).unwrap();
-                assert!(packed.unpack() == trits, "{}: {rows} x {cols}", kernel.layout().name());
+            let bytes = quarters(&trits, rows, cols);
+            for w in [
+                TernaryMatrix::new(&trits, rows, cols, 1.0).unwrap(),
+                TernaryMatrix::from_quarters(&bytes, rows, cols, 1.0).unwrap(),
+            ] {
+                for kernel in available(Isa::best().unwrap()) {
+                    let packed = PackedMatrix::pack(Kernels::of(kernel), &w, &team).unwrap();
+                    let name = kernel.layout().name();
+                    assert!(packed.unpack() == trits, "{name}: {rows} x {cols}");
+                }
             }
         }
     }
@@ -347,10 +368,10 @@ const LEVELS: [&[i8]; 14] = [
 fn check_levels(w: LevelMatrix<'_>, inputs: &[Vec<i8>], threads: usize) {
     let team = Team::new(Some(threads)).unwrap();
     let divisor = 3.7f32;
-    let mut right = Vec::new();
+    let (mut right, mut buffer) = (Vec::new(), Vec::new());
     for q in inputs {
-        for r in 0..w.rows() {
-            let products = w.row(r).iter().zip(q).map(|(&v, &q)| i64::from(v) * i64::from(q));
+        for row in w.read(0..w.rows(), &mut buffer).chunks_exact(w.cols()) {
+            let products = row.iter().zip(q).map(|(&v, &q)| i64::from(v) * i64::from(q));
             right.push(products.sum::<i64>() as f32 / divisor * w.scale());
         }
     }

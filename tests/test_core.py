@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bitnet_rs import _core, _reference
+from bitnet_rs._reference import unpack
 from bitnet_rs.loaders import Checkpoint, open_checkpoint
 from checkpoints import DATA, Architecture, Form, write
 
@@ -712,6 +713,33 @@ def test_profiles_add_up(checkpoint: Checkpoint) -> None:
     assert all(busy <= 2.1 * wall + 1e-5 for _, wall, busy in laps.values())
     model.forward_top(batch, [1])
     assert model.profile(False) == []
+@pytest.mark.parametrize("rows", [500, 501, 502, 503])
+def test_packed_trits_are_those_of_int8(tmp_path: Path, rows: int) -> None:
+    checkpoint = opened(tmp_path, intermediate_size=rows)
+    packed = dict(checkpoint.weights)
+    trits = {
+        name: unpack(w, rows if "gate" in name or "up_" in name else 4 * len(w))
+        for name, w in packed.items()
+        if w.dtype == np.uint8
+    }
+    assert len(trits) == 14
+    ids = np.arange(9, dtype=np.uint32)
+    for kernel in KERNELS:
+        logits = []
+        for weights in (packed, {**packed, **trits}):
+            model = _core.Model(checkpoint.core_config, weights, kernel=kernel, threads=2)
+            logits.append(model.forward([(ids, model.new_cache(9))], logits="all"))
+        np.testing.assert_array_equal(logits[0], logits[1], kernel)
+
+
+def test_code_3_in_a_file_names_the_tensor(tmp_path: Path) -> None:
+    written = write(tmp_path)
+    stored = written.stored[Q][1].copy()
+    stored[3, 4] = 0xFF
+    written.edit_tensors({Q: ("U8", stored)})
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=rf'tensor "{Q}": has the code 3 in byte \[3, 4\]'):
+        _core.Model(checkpoint.core_config, checkpoint.weights)
 
 
 def test_facts_count_weights_and_bytes(tmp_path: Path) -> None:
@@ -821,14 +849,16 @@ NORM = "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 BAD_TENSORS: list[tuple[str, Callable[[NDArray[Any]], Any], str]] = [
-    (Q, lambda w: w[:-1], r"has shape \[95, 80\]; wanted \[96, 80\]"),
-    (Q, lambda w: w[None], r"has shape \[1, 96, 80\]"),
-    (Q, lambda w: w.reshape(-1), r"has shape \[7680\]"),
+    (Q, lambda w: w[:-1], r"has shape \[23, 80\]; wanted \[24, 80\]"),
+    (Q, lambda w: unpack(w, 95), r"has shape \[95, 80\]; wanted \[96, 80\]"),
+    (Q, lambda w: w[None], r"has shape \[1, 24, 80\]"),
+    (Q, lambda w: w.reshape(-1), r"has shape \[1920\]"),
     (Q, lambda w: w.astype(np.int32), "dtype int32; wanted int8"),
-    (Q, lambda w: w.view(np.uint8), "dtype uint8; wanted int8"),
-    (Q, lambda w: w.astype(np.float32), "dtype float32 and a"),
+    (Q, lambda w: w.view(np.int8), r"has shape \[24, 80\]; wanted \[96, 80\]"),
+    (Q, lambda w: unpack(w, 96).astype(np.float32), "dtype float32 and a"),
     (Q, lambda w: np.asfortranarray(w), "not contiguous"),
-    (Q, lambda w: w + np.int8(2), "holds"),
+    (Q, lambda w: unpack(w, 96) + np.int8(2), r"row 0 holds \d; ternary values are"),
+    (Q, lambda w: w | np.uint8(0xC0), r"has the code 3 in byte \[0, 0\]; .*only 0, 1 and 2"),
     (Q, lambda w: w.tolist(), "is not a numpy array"),
     (f"{Q}_scale", lambda s: np.repeat(s, 2), r"has shape \[2\]"),
     (f"{Q}_scale", lambda s: s * np.float32("nan"), "NaN|infinit|finite"),
@@ -838,6 +868,8 @@ BAD_TENSORS: list[tuple[str, Callable[[NDArray[Any]], Any], str]] = [
     (NORM, lambda w: w * np.float32("inf"), "infinities or NaNs"),
     (EMBEDDING, lambda w: w.T.copy(), r"has shape \[80, 1024\]; wanted \[1024, 80\]"),
     (EMBEDDING, lambda w: w.astype(np.int8), "dtype int8; wanted float32"),
+    (EMBEDDING, lambda w: w.astype(np.int8), "dtype int8; wanted floats"),
+    (EMBEDDING, lambda w: w.astype(np.uint8), "dtype uint8; wanted floats"),
     (EMBEDDING, lambda w: np.full_like(w, 0x7FC0), "NaN|infinit|finite"),
 ]  # fmt: skip
 

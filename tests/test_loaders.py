@@ -1,6 +1,8 @@
 """Checkpoint folders: every form of the weights, and every way they can be wrong."""
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bitnet_rs import _reference
 from bitnet_rs.loaders import open_checkpoint
-from bitnet_rs.loaders.names import unpack
 from bitnet_rs.loaders.safetensors import read_header, to_float32
-from checkpoints import DATA, Architecture, Form, Written, decode, encode, pack, save, write
+from checkpoints import DATA, Architecture, Form, Written, decode, encode, save, write
 
 LAYER = "model.layers.1."
 Q = LAYER + "self_attn.q_proj.weight"  # 80 rows, 80 columns in `write`'s default shape
@@ -134,7 +136,7 @@ def test_checkpoints_that_transformers_wrote(model: str) -> None:
     for name, array in checkpoint.weights.items():
         assert array.size > 0, name
     gate = checkpoint.weights["model.layers.0.mlp.gate_proj.weight"]
-    assert gate.dtype == (np.uint16 if "online" in model else np.int8)
+    assert gate.dtype == (np.uint16 if "online" in model else np.uint8)
 
 
 def test_the_packed_checkpoint_is_the_online_one_quantized() -> None:
@@ -147,61 +149,9 @@ def test_the_packed_checkpoint_is_the_online_one_quantized() -> None:
         w = to_float32(online[name])
         mean = np.float32(np.abs(w).mean(dtype=np.float64))
         trits = np.clip(np.rint(w * (np.float32(1) / mean)), -1, 1)
-        np.testing.assert_array_equal(trits, packed[name])
+        np.testing.assert_array_equal(trits, _reference.unpack(packed[name], len(w)))
         # the packed file has it in bfloat16
         assert packed[f"{name}_scale"][0] == pytest.approx(mean, rel=2**-8)
-
-
-# --- packing -------------------------------------------------------------------------------------
-
-
-@UNHURRIED
-@given(st.integers(1, 70), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_unpack_reverses_pack(rows: int, cols: int, seed: int) -> None:
-    trits = np.random.default_rng(seed).integers(-1, 2, (rows, cols), np.int8)
-    np.testing.assert_array_equal(unpack(pack(trits), rows, "w"), trits, strict=True)
-
-
-def test_unpack_of_the_worked_example() -> None:
-    packed = np.array([[0b10100001, 0b00011000], [0b10010000, 0b00001010]], np.uint8)
-    assert unpack(packed, 8, "w").tolist() == [
-        [0, -1], [-1, 1], [-1, 1], [-1, 1], [1, 0], [0, -1], [1, -1], [1, -1],
-    ]  # fmt: skip
-
-
-def test_unpack_takes_many_blocks_of_rows() -> None:
-    trits = np.random.default_rng(0).integers(-1, 2, (1403, 700), np.int8)
-    np.testing.assert_array_equal(unpack(pack(trits), 1403, "w"), trits)
-
-
-def test_unpack_takes_memory_for_one_int8_matrix() -> None:
-    packed = np.zeros((512, 2048), np.uint8)
-    tracemalloc.start()
-    trits = unpack(packed, 2048, "w")
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert trits.nbytes <= peak < trits.nbytes * 1.1
-
-
-@UNHURRIED
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**32 - 1), st.integers(0, 3))
-def test_code_3_is_refused_wherever_it_stands(rows: int, cols: int, seed: int, block: int) -> None:
-    rng = np.random.default_rng(seed)
-    packed = pack(rng.integers(-1, 2, (rows, cols), np.int8))
-    row, col = rng.integers(packed.shape[0]), rng.integers(cols)
-    packed[row, col] |= 3 << (2 * block)
-    with pytest.raises(ValueError, match=rf"^w has the code 3 in byte \[{row}, {col}\]"):
-        unpack(packed, rows, "w")
-
-
-def test_code_3_in_a_file_names_the_tensor(tmp_path: Path) -> None:
-    written = write(tmp_path)
-    packed = written.stored[UP][1].copy()
-    packed[3, 4] = 0xFF
-    written.edit_tensors({UP: ("U8", packed)})
-    checkpoint = open_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=rf"model\.safetensors: tensor {UP} has the code 3"):
-        checkpoint.weights[UP]
 
 
 # --- the lazy mapping ----------------------------------------------------------------------------
@@ -244,6 +194,49 @@ def test_tensors_are_mapped_and_not_kept(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < largest / 2
+
+
+@pytest.mark.parametrize("form", ["multiply", "masters"])
+def test_mapped_tensors_are_read_only_and_outlive_the_next(tmp_path: Path, form: Form) -> None:
+    written = write(tmp_path, form=form)
+    weights = open_checkpoint(tmp_path).weights
+    kept = {name: weights[name] for name in (Q, UP, "model.embed_tokens.weight")}
+    for name, array in kept.items():
+        assert not array.flags.writeable
+        np.testing.assert_array_equal(array, written.canonical[name], name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells resident pages on Linux")
+def test_a_tensor_leaves_memory_when_the_next_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    values = np.ones(64 << 20, np.uint8)
+    save(path, {"x": ("U8", values), "y": ("U8", values[:5])})
+    # In a process of its own: it counts all pages of files, code among them.
+    script = """
+import mmap, sys
+from pathlib import Path
+from bitnet_rs.loaders.safetensors import Reader, read_header
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE >> 20
+
+tensors, reader = read_header(Path(sys.argv[1])), Reader()
+before = resident()
+x = reader.read(tensors["x"])
+assert x.sum() == x.size
+read = resident()
+y = reader.read(tensors["y"])
+after = resident()
+assert y.sum() == y.size
+assert x.sum() == x.size
+print(read - before, after - before, resident() - before)
+"""
+    command = [sys.executable, "-c", script, str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    read, after, again = map(int, found.stdout.split())
+    assert read >= 60
+    assert after <= 16
+    assert again >= 60
 
 
 @pytest.mark.parametrize("pad", range(4))

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bitnet_rs import _reference
 from bitnet_rs.loaders import open_checkpoint
+from checkpoints import pack
 
 DATA = Path(__file__).parent / "data"
 MODELS = ["bitnet-online", "bitnet-packed", "llama-packed", "demo"]
@@ -50,6 +53,21 @@ def test_absmean_rounds_half_to_even_and_survives_zeros() -> None:
     trits, scale = _reference.absmean(np.zeros((2, 3), np.float32))
     assert not trits.any()
     assert scale == np.float32(1e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 70), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_unpack_reverses_pack(rows: int, cols: int, seed: int) -> None:
+    trits = np.random.default_rng(seed).integers(-1, 2, (rows, cols), np.int8)
+    found = _reference.unpack(pack(trits), rows)
+    np.testing.assert_array_equal(found, trits, strict=True)
+
+
+def test_unpack_of_the_worked_example() -> None:
+    stored = np.array([[0b10100001, 0b00011000], [0b10010000, 0b00001010]], np.uint8)
+    assert _reference.unpack(stored, 8).tolist() == [
+        [0, -1], [-1, 1], [-1, 1], [-1, 1], [1, 0], [0, -1], [1, -1], [1, -1],
+    ]  # fmt: skip
 
 
 def test_projection_sums_are_exact() -> None:

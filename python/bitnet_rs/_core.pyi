@@ -98,11 +98,14 @@ class Model:
         config: The content of `config.json`.
         weights: Tensors by canonical name (see `loaders/names.py`), asked for one at a
             time and each at most once. Ternary matrices: int8 of -1/0/+1, shape
-            (rows, cols), with a float32 scale of shape (1,) under `<name>_scale` that
-            multiplies; or masters (float32, float16, or bfloat16 as uint16) without a scale,
-            quantized here by their absolute mean. Norms: float32, 1-D. Embeddings and head:
-            float32, float16 or bfloat16 as uint16, shape (vocab_size, hidden_size); where they
-            are not writeable (mapped from a file), they are held on to, else copied.
+            (rows, cols), or uint8 of shape (R, cols) with R = ceil(rows / 4), as Hugging Face
+            packs them: bits 2i and 2i + 1 of byte [r, c] are the trit of row i * R + r, plus
+            one; rows past the last are padding. Either has a float32 scale of shape (1,) under
+            `<name>_scale` that multiplies. Or masters (float32, float16, or bfloat16 as uint16)
+            without a scale, quantized here by their absolute mean. Norms: float32, 1-D.
+            Embeddings and head: float32, float16 or bfloat16 as uint16, shape (vocab_size,
+            hidden_size); where they are not writeable (mapped from a file), they are held on to,
+            else copied.
         kernel: A name from `kernels()`; the first of them when None.
         prefill_kernel: The kernel for steps of two tokens and more; `kernel` when None. Both
             must read the same layout (the part of the name after the dash).

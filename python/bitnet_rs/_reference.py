@@ -54,6 +54,15 @@ def absmean(w: Floats) -> tuple[NDArray[np.int8], np.float32]:
     return trits.astype(np.int8), scale
 
 
+def unpack(stored: NDArray[np.uint8], rows: int) -> NDArray[np.int8]:
+    """Trits of a matrix with `rows` rows from their stored form, a quarter of the rows.
+
+    Bits 2i and 2i + 1 of a byte are a trit plus one in quarter i of the matrix.
+    """
+    quarters = [stored >> 2 * i & 3 for i in range(4)]
+    return np.concatenate(quarters)[:rows].astype(np.int8) - np.int8(1)
+
+
 def project(x: Floats, trits: NDArray[np.int8], scale: np.float32) -> Floats:
     """Multiplies quantized activations with a ternary matrix: y = x Wᵀ.
 
@@ -243,30 +252,38 @@ def attention_block(
     """What the attention of one layer adds to x."""
     n, n_heads = len(x), config["num_attention_heads"]
     n_kv_heads = config.get("num_key_value_heads") or n_heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // n_heads
     a = rms_norm(x, weights[layer + "input_layernorm.weight"], config["rms_norm_eps"])
-    q = _linear(weights, layer + "self_attn.q_proj", a).reshape(n, n_heads, -1)
-    k = _linear(weights, layer + "self_attn.k_proj", a).reshape(n, n_kv_heads, -1)
-    v = _linear(weights, layer + "self_attn.v_proj", a).reshape(n, n_kv_heads, -1)
+    q = _linear(weights, layer + "self_attn.q_proj", n_heads * head_dim, a).reshape(n, n_heads, -1)
+    k = _linear(weights, layer + "self_attn.k_proj", n_kv_heads * head_dim, a).reshape(
+        n, n_kv_heads, -1
+    )
+    v = _linear(weights, layer + "self_attn.v_proj", n_kv_heads * head_dim, a).reshape(
+        n, n_kv_heads, -1
+    )
     a = attention(rope(q, tables), rope(k, tables), v)
     if config["model_type"] == "bitnet":
         a = rms_norm(a, weights[layer + "self_attn.attn_sub_norm.weight"], config["rms_norm_eps"])
-    return _linear(weights, layer + "self_attn.o_proj", a)
+    return _linear(weights, layer + "self_attn.o_proj", config["hidden_size"], a)
 
 
 def feed_forward_block(config: Config, weights: Weights, layer: str, x: Floats) -> Floats:
     """What the feed-forward network of one layer adds to x."""
     f = rms_norm(x, weights[layer + "post_attention_layernorm.weight"], config["rms_norm_eps"])
-    gate = ACTIVATIONS[config["hidden_act"]](_linear(weights, layer + "mlp.gate_proj", f))
-    f = gate * _linear(weights, layer + "mlp.up_proj", f)
+    gate = ACTIVATIONS[config["hidden_act"]](
+        _linear(weights, layer + "mlp.gate_proj", config["intermediate_size"], f)
+    )
+    f = gate * _linear(weights, layer + "mlp.up_proj", config["intermediate_size"], f)
     if config["model_type"] == "bitnet":
         f = rms_norm(f, weights[layer + "mlp.ffn_sub_norm.weight"], config["rms_norm_eps"])
-    return _linear(weights, layer + "mlp.down_proj", f)
+    return _linear(weights, layer + "mlp.down_proj", config["hidden_size"], f)
 
 
-def _linear(weights: Weights, name: str, x: Floats) -> Floats:
+def _linear(weights: Weights, name: str, rows: int, x: Floats) -> Floats:
     stored = weights[name + ".weight"]
     if name + ".weight_scale" in weights:
-        return project(x, stored, weights[name + ".weight_scale"][0])
+        trits = unpack(stored, rows) if stored.dtype == np.uint8 else stored
+        return project(x, trits, weights[name + ".weight_scale"][0])
     return project(x, *absmean(to_float32(stored)))
 
 

@@ -54,10 +54,11 @@ pub trait Layout: Send + Sync {
         Levels::TERNARY
     }
 
-    /// Lays out the row group that begins at row `first`, into
-    /// [`group_bytes`](Layout::group_bytes) zeroed bytes. Rows past the end of
-    /// the matrix may be anything that [`unpack`](Layout::unpack) can read.
-    fn pack(&self, w: &LevelMatrix<'_>, first: usize, out: &mut [u8]);
+    /// Lays out a row group: row-major `rows` of `cols` columns, into
+    /// [`group_bytes`](Layout::group_bytes) zeroed bytes. The last group of a
+    /// matrix may have fewer rows than others; the missing ones may become
+    /// anything that [`unpack`](Layout::unpack) can read.
+    fn pack(&self, rows: &[i8], cols: usize, out: &mut [u8]);
 
     /// The opposite of [`pack`](Layout::pack): the `row_group` rows of `cols`
     /// columns that `group` holds, row-major.
@@ -324,8 +325,12 @@ impl PackedMatrix {
         let mut packed = Self::zeroed(kernels, w.rows(), w.cols(), w.scale());
         let (group, group_bytes) = (packed.row_group, packed.group_bytes);
         team.split(packed.bytes.as_mut_slice(), group_bytes, CHUNKS_PER_THREAD, |start, chunk| {
+            // One row group as int8, for matrices that are stored otherwise.
+            let mut buffer = Vec::new();
             for (i, out) in chunk.chunks_exact_mut(group_bytes).enumerate() {
-                layout.pack(&w, (start / group_bytes + i) * group, out);
+                let first = (start / group_bytes + i) * group;
+                let rows = first..(first + group).min(w.rows());
+                layout.pack(w.read(rows, &mut buffer), w.cols(), out);
             }
         });
         Ok(packed)
@@ -335,7 +340,7 @@ impl PackedMatrix {
     fn zeroed(kernels: Kernels, rows: usize, cols: usize, scale: f32) -> Self {
         let layout = kernels.layout();
         let (row_group, group_bytes) = (layout.row_group(), layout.group_bytes(cols));
-        let bytes = AlignedBytes::zeroed(rows.div_ceil(row_group) * group_bytes);
+        let bytes = AlignedBytes::zeroed_shared(rows.div_ceil(row_group) * group_bytes);
         Self { kernels, rows, cols, scale, row_group, group_bytes, bytes }
     }
 

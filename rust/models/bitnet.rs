@@ -91,7 +91,8 @@ impl Bitnet {
     ) -> Result<Self, Error> {
         let dims = Dims::read(config)?;
         let activation = config.hidden_act(&[Activation::Relu2, Activation::Silu])?;
-        // First: what is mapped stays, and the pages that were read need not.
+        // First: it stays mapped, and the pages that were read of it may go before the
+        // layers take memory.
         let embeddings = Embeddings::new(weights, &machine, &dims)?;
         let layers = (0..dims.n_layers)
             .map(|i| Layer::new(weights, &machine, &dims, i))

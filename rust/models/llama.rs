@@ -80,7 +80,8 @@ impl Llama {
     ) -> Result<Self, Error> {
         let dims = Dims::read(config)?;
         config.hidden_act(&[Activation::Silu])?;
-        // First: what is mapped stays, and the pages that were read need not.
+        // First: it stays mapped, and the pages that were read of it may go before the
+        // layers take memory.
         let embeddings = Embeddings::new(weights, &machine, &dims)?;
         let layers = (0..dims.n_layers)
             .map(|i| Layer::new(weights, &machine, &dims, i))

@@ -10,7 +10,7 @@ use crate::floats::{Bf16, Element, F16};
 use crate::kernels::PackedMatrix;
 use crate::ops::dense::{DenseMatrix, Floats};
 use crate::ops::head::{ScanRows, TopLogits};
-use crate::ternary::{TernaryMatrix, abs_sum, absmean_row, absmean_scale};
+use crate::ternary::{QUARTERS, TernaryMatrix, abs_sum, absmean_row, absmean_scale};
 use crate::threads::Team;
 
 /// A tensor by name, borrowed while it is converted.
@@ -26,6 +26,8 @@ pub struct Tensor<'a> {
 pub enum TensorData<'a> {
     /// Trits.
     I8(&'a [i8]),
+    /// Trits as [`TernaryMatrix::from_quarters`] takes them.
+    U8(&'a [u8]),
     /// float32.
     F32(&'a [f32]),
     /// float16 bits.
@@ -38,6 +40,7 @@ impl TensorData<'_> {
     fn dtype(&self) -> &'static str {
         match self {
             TensorData::I8(_) => "int8",
+            TensorData::U8(_) => "uint8",
             TensorData::F32(_) => "float32",
             TensorData::F16(_) => "float16",
             TensorData::Bf16(_) => "bfloat16 (as uint16)",
@@ -78,8 +81,9 @@ pub trait Weights {
                 TensorData::Bf16(v) => {
                     Floats::Bf16(Arc::new(v.iter().map(|&b| Bf16(b)).collect::<Vec<_>>()))
                 }
-                TensorData::I8(_) => {
-                    return named(name, Err(invalid!("has dtype int8; wanted floats")));
+                TensorData::I8(_) | TensorData::U8(_) => {
+                    let found = tensor.data.dtype();
+                    return named(name, Err(invalid!("has dtype {found}; wanted floats")));
                 }
             };
             out = Some((tensor.shape.to_vec(), floats));
@@ -154,15 +158,25 @@ pub(super) fn ternary(
     };
     let mut out = None;
     weights.visit(name, &mut |tensor| {
-        named(name, check_shape(tensor.shape, &[rows, cols]))?;
+        let stored_rows = match tensor.data {
+            TensorData::U8(_) => rows.div_ceil(QUARTERS),
+            _ => rows,
+        };
+        named(name, check_shape(tensor.shape, &[stored_rows, cols]))?;
         let packed = match (tensor.data, scale) {
-            (TensorData::I8(trits), Some(scale)) => pack(machine, trits, rows, cols, scale),
-            (TensorData::I8(_), None) => {
+            (TensorData::I8(trits), Some(scale)) => {
+                TernaryMatrix::new(trits, rows, cols, scale).and_then(|w| pack(machine, &w))
+            }
+            (TensorData::U8(bytes), Some(scale)) => {
+                TernaryMatrix::from_quarters(bytes, rows, cols, scale)
+                    .and_then(|w| pack(machine, &w))
+            }
+            (TensorData::I8(_) | TensorData::U8(_), None) => {
                 Err(invalid!("holds trits, but there is no {scale_name:?}"))
             }
             (_, Some(_)) => Err(invalid!(
-                "has dtype {} and a {scale_name:?}; wanted int8 trits with a scale, or floats \
-                 without one",
+                "has dtype {} and a {scale_name:?}; wanted int8 or uint8 trits with a scale, or \
+                 floats without one",
                 tensor.data.dtype()
             )),
             (TensorData::F32(v), None) => absmean(machine, v, |&x| x, rows, cols),
@@ -179,15 +193,8 @@ fn f16_or_nan(bits: u16) -> f32 {
     if bits & 0x7c00 == 0x7c00 { f32::NAN } else { F16(bits).to_f32() }
 }
 
-fn pack(
-    machine: &Machine,
-    trits: &[i8],
-    rows: usize,
-    cols: usize,
-    scale: f32,
-) -> Result<PackedMatrix, Error> {
-    let matrix = TernaryMatrix::new(trits, rows, cols, scale)?;
-    machine.team.run(|| PackedMatrix::pack(machine.kernels, &matrix, &machine.team))?
+fn pack(machine: &Machine, w: &TernaryMatrix<'_>) -> Result<PackedMatrix, Error> {
+    machine.team.run(|| PackedMatrix::pack(machine.kernels, w, &machine.team))?
 }
 
 /// Quantizes masters by their absolute mean, rows in parallel, and packs them.
@@ -199,7 +206,7 @@ fn absmean<T: Sync>(
     cols: usize,
 ) -> Result<PackedMatrix, Error> {
     let (trits, scale) = absmean_matrix(&machine.team, masters, to_f32, rows, cols)?;
-    pack(machine, &trits, rows, cols, scale)
+    pack(machine, &TernaryMatrix::new(&trits, rows, cols, scale)?)
 }
 
 /// Trits and scale of a matrix of masters: [`abs_sum`] of each row, added up

@@ -1,9 +1,9 @@
-"""Checkpoint tensors to canonical weights: names, forms, scale direction, unpacking, checks.
+"""Checkpoint tensors to canonical weights: names, forms, scale direction, checks.
 
 For `open_checkpoint`. A new Hugging Face spelling of a ternary model belongs here and nowhere
 else. Canonical names are those of `microsoft/bitnet-b1.58-2B-4T`; the canonical form of a
-projection is either int8 trits with a float32 scale that multiplies, or float masters as they
-are, which the core quantizes by their absolute mean.
+projection is either trits, four a byte as they are stored, with a float32 scale that multiplies,
+or float masters as they are, which the core quantizes by their absolute mean.
 
 Everything that changes the result and is not understood is refused: a form, a field, a tensor
 that no architecture here has.
@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_rs.loaders.safetensors import TensorInfo, to_float32
+from bitnet_rs.loaders.safetensors import Reader, TensorInfo, to_float32
 
 Architecture = Literal["bitnet", "llama"]
 Kind = Literal["packed", "masters", "scale", "norm", "dense"]
@@ -313,21 +313,24 @@ class _Entry:
 
 
 class Weights(Mapping[str, NDArray[Any]]):
-    """Tensors by canonical name, read, checked and unpacked when asked for.
+    """Tensors by canonical name, read and checked when asked for.
 
-    Nothing is kept: an array that is asked for twice is read twice. Ternary matrices are int8
-    of shape (rows, cols), their scales float32 of shape (1,); norms are float32; masters,
-    embeddings and head are as on disk (float32, float16, or bfloat16 bits as uint16).
+    Nothing is kept: an array that is asked for twice is read twice. Ternary matrices are uint8,
+    four rows to a byte (`_core.Model` says how), their scales float32 of shape (1,); norms are
+    float32; masters, embeddings and head are as on disk (float32, float16, or bfloat16 bits as
+    uint16). What is as on disk is mapped from the file, read-only; its pages leave the process's
+    memory when the next tensor is asked for, and come back if they are read again.
 
     Raises:
         KeyError: On a name that the checkpoint does not have.
-        ValueError: On a tensor whose content is impossible, such as a code that is no trit.
+        ValueError: On a tensor whose content is impossible, such as a scale of zero.
     """
 
     def __init__(self, entries: Mapping[str, _Entry], form: Form, folder: Path) -> None:
         self._entries = entries
         self._form = form
         self._folder = folder
+        self._reader = Reader()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -345,10 +348,8 @@ class Weights(Mapping[str, NDArray[Any]]):
         if name not in self._entries:
             raise KeyError(f"tensor {name} is not in the checkpoint {self._folder}")
         entry = self._entries[name]
-        array = entry.info.read()
+        array = self._reader.read(entry.info)
         match entry.kind:
-            case "packed":
-                return unpack(array, entry.shape[0], f"{entry.info.file}: tensor {entry.info.name}")
             case "scale":
                 return _scale(array, entry.info, divides=self._form.divides)
             case "norm":
@@ -407,49 +408,6 @@ def format_of(weights: Weights) -> str:
     dtypes = {e.info.dtype for e in weights._entries.values() if e.kind == "masters"}
     names = "/".join(sorted(_DTYPE_NAMES[dtype] for dtype in dtypes))
     return f"safetensors, {names} masters, quantized at load"
-
-
-def unpack(packed: NDArray[np.uint8], rows: int, label: str) -> NDArray[np.int8]:
-    """Unpacks a Hugging Face ternary matrix, four output rows to a row of bytes.
-
-    With R = ceil(rows / 4), bits 2i and 2i+1 of `packed[r]` hold row `i * R + r`, as the trit
-    plus one. Rows of the last block beyond `rows` are padding.
-
-    Args:
-        packed: uint8, shape (R, cols).
-        rows: Rows of the matrix.
-        label: What to call it in messages.
-
-    Returns:
-        int8 of -1, 0 and +1, shape (rows, cols).
-
-    Raises:
-        ValueError: A code is 3, which is no trit.
-    """
-    quarter, cols = packed.shape
-    trits = np.empty((rows, cols), np.int8)
-    codes = trits.view(np.uint8)
-    # Blocks of rows that stay in a core's L2 cache, so that memory is read and written once.
-    step = max(1, (1 << 17) // max(1, cols))
-    scratch = np.empty((step, cols), np.uint8)
-    for start in range(0, quarter, step):
-        block = packed[start : start + step]
-        bad = scratch[: len(block)]
-        np.right_shift(block, 1, out=bad)
-        np.bitwise_and(bad, block, out=bad)
-        np.bitwise_and(bad, 0x55, out=bad)  # both bits of a code set
-        if bad.any():
-            row, col = np.argwhere(bad)[0]
-            raise ValueError(
-                f"{label} has the code 3 in byte [{start + row}, {col}]; packed ternary weights "
-                "have only 0, 1 and 2 (-1, 0, +1). The file is damaged or not a ternary model"
-            )
-        for i in range(4):
-            out = codes[i * quarter + start : (i + 1) * quarter][: len(block)]
-            np.right_shift(block[: len(out)], 2 * i, out=out)
-            np.bitwise_and(out, 3, out=out)
-            np.subtract(out, 1, out=out)  # 0 wraps to 255, the bits of int8 -1
-    return trits
 
 
 def _scale(array: NDArray[Any], info: TensorInfo, *, divides: bool) -> NDArray[np.float32]:

@@ -4,12 +4,16 @@ For `names.py`, which turns them into canonical weights. It stands apart because
 container and nothing of models. The `safetensors` package validates every file (header,
 offsets, length) before anything is read; after that this module reads the offsets itself, since
 bfloat16 is no numpy dtype and each tensor must be mapped, used and dropped on its own: peak
-memory while loading is the packed model plus about one tensor.
+memory while loading is the packed model plus about one tensor. Advice to the system about what
+will be read (`MADV_SEQUENTIAL`, `WILLNEED`, `POPULATE_READ`) made no difference that could be
+told from noise, whether or not the file was in the page cache.
 """
 
 import json
 import math
+import mmap
 import struct
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,25 +67,57 @@ class TensorInfo:
         Raises:
             ValueError: The dtype is not one of those, or the file shrank since it was opened.
         """
-        if self.dtype not in _DTYPES:
+        return Reader().read(self)
+
+
+class Reader:
+    """Reads tensors one after another, each as `TensorInfo.read` does.
+
+    Who asks for the next tensor is done with the one before, or keeps it to look parts of it up.
+    In either case its pages are let go: they would count as memory of this process until the
+    array is dropped, and the system's page cache, which has them anyway, gives them back to
+    whoever reads them again.
+    """
+
+    def __init__(self) -> None:
+        self._before: weakref.ref[mmap.mmap] | None = None
+
+    def read(self, info: TensorInfo) -> NDArray[Any]:
+        """Maps a tensor; see `TensorInfo.read`."""
+        self._let_go()
+        if info.dtype not in _DTYPES:
             raise ValueError(
-                f"{self.file}: tensor {self.name} has dtype {self.dtype}; "
+                f"{info.file}: tensor {info.name} has dtype {info.dtype}; "
                 f"supported: {', '.join(_DTYPES)}"
             )
-        dtype = np.dtype(_DTYPES[self.dtype])
-        if not self.n_bytes:
-            return np.empty(self.shape, dtype)
+        dtype = np.dtype(_DTYPES[info.dtype])
+        if not info.n_bytes:
+            return np.empty(info.shape, dtype)
+        skip = info.offset % mmap.ALLOCATIONGRANULARITY  # mappings start at whole pages
         try:
             # mmap shares the file's page cache, so this costs no memory until it is read.
-            raw = np.memmap(self.file, np.uint8, mode="r", offset=self.offset, shape=self.n_bytes)
+            with info.file.open("rb") as file:
+                memory = mmap.mmap(
+                    file.fileno(),
+                    skip + info.n_bytes,
+                    access=mmap.ACCESS_READ,
+                    offset=info.offset - skip,
+                )
         except ValueError as error:
             raise ValueError(
-                f"{self.file}: tensor {self.name} ends beyond the file, which has changed since "
+                f"{info.file}: tensor {info.name} ends beyond the file, which has changed since "
                 "it was opened; download or copy it again"
             ) from error
-        array = np.asarray(raw).view(dtype).reshape(self.shape)
+        self._before = weakref.ref(memory)
+        array = np.frombuffer(memory, dtype, math.prod(info.shape), skip).reshape(info.shape)
         # The format does not align tensors; the core needs them aligned.
         return array if array.flags.aligned else array.copy()
+
+    def _let_go(self) -> None:
+        memory = self._before() if self._before else None
+        # The pages are a file's and nobody wrote to them: to let them go loses nothing.
+        if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
+            memory.madvise(mmap.MADV_DONTNEED)
 
 
 def to_float32(array: NDArray[Any]) -> NDArray[np.float32]:

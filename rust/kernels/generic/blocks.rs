@@ -15,8 +15,6 @@
 
 use std::ops::Range;
 
-use crate::levels::LevelMatrix;
-
 /// Interleaved rows.
 pub(in super::super) const ROWS: usize = 4;
 
@@ -53,24 +51,25 @@ impl<const FIELDS: usize> Cut<FIELDS> {
         start..start + bytes
     }
 
-    /// Packs the row group that begins at row `first`. `pack_block` is given the
+    /// Packs a row group of `cols` columns. `pack_block` is given the
     /// `FIELDS * n` values of each block of `n` bytes.
     pub(super) fn pack(
-        w: &LevelMatrix<'_>,
-        first: usize,
+        rows: &[i8],
+        cols: usize,
         out: &mut [u8],
         pack_block: impl Fn(&[i8], &mut [u8]),
     ) {
-        let cut = Self::new(w.cols());
-        for i in 0..ROWS.min(w.rows() - first) {
-            for (b, values) in w.row(first + i).chunks(Self::COLS).enumerate() {
+        let cut = Self::new(cols);
+        for (i, row) in rows.chunks_exact(cols).enumerate() {
+            for (b, values) in row.chunks(Self::COLS).enumerate() {
                 let out = &mut out[cut.block(b, i)];
                 if values.len() == FIELDS * out.len() {
                     pack_block(values, out);
                 } else {
-                    let mut padded = vec![0; FIELDS * out.len()];
+                    let mut padded = [[0; BLOCK_BYTES]; FIELDS];
+                    let padded = &mut padded.as_flattened_mut()[..FIELDS * out.len()];
                     padded[..values.len()].copy_from_slice(values);
-                    pack_block(&padded, out);
+                    pack_block(padded, out);
                 }
             }
         }

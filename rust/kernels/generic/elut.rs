@@ -51,7 +51,7 @@
 use std::ops::Range;
 
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
-use crate::levels::{LevelMatrix, Levels};
+use crate::levels::Levels;
 
 /// Interleaved rows: the bytes of a 256-bit register.
 pub(in super::super) const ROWS: usize = 32;
@@ -68,6 +68,11 @@ pub(in super::super) const BLOCK_GROUPS: usize = 8;
 /// Bytes of a mirrored block: half a byte for each index, a bit for each sign.
 pub(in super::super) const BLOCK_BYTES: usize = ROWS * (BLOCK_GROUPS / 2 + 1);
 
+/// Column groups that are packed together, a multiple of [`BLOCK_GROUPS`]: of
+/// each row a few cache lines are read one after another, and the bytes of all
+/// rows, side by side in their blocks, stay in L1 while they are written.
+const TILE_GROUPS: usize = 128;
+
 /// Columns of a group at most: five, two levels mirrored.
 pub(in super::super) const MAX_GROUP: usize = 5;
 
@@ -78,11 +83,18 @@ pub(in super::super) struct Code {
     /// `values[j][e]` is the level of column `j` in pattern `e`, 0 if the index
     /// is not in use.
     pub(in super::super) values: [[i8; ENTRIES]; MAX_GROUP],
-    /// `C`.
-    base: usize,
-    /// Patterns from this one on are their own representatives; 0 without mirror.
-    half: usize,
+    /// `digits[j][v]` is what column `j` adds to the number of a pattern, if its
+    /// level has the bits `v`.
+    digits: [[u8; 256]; MAX_GROUP],
+    /// Index and [`NEGATIVE`] of each pattern.
+    codes: [u8; PATTERNS],
 }
+
+/// Patterns at most: those of 16 entries, mirrored.
+const PATTERNS: usize = 2 * ENTRIES;
+
+/// The bit of a code that says that the entry is to be negated.
+const NEGATIVE: u8 = 0x80;
 
 impl Code {
     /// Patterns are numbers in base `C`, first column first, levels in rising
@@ -95,7 +107,12 @@ impl Code {
         let half = if mirror { patterns / 2 } else { 0 };
         debug_assert!(patterns - half <= ENTRIES && group <= MAX_GROUP);
         debug_assert!(!mirror || levels.is_symmetric());
-        let mut code = Self { group, values: [[0; ENTRIES]; MAX_GROUP], base, half };
+        let mut code = Self {
+            group,
+            values: [[0; ENTRIES]; MAX_GROUP],
+            digits: [[0; 256]; MAX_GROUP],
+            codes: [0; PATTERNS],
+        };
         for pattern in half..patterns {
             let mut rest = pattern;
             for j in (0..group).rev() {
@@ -103,28 +120,51 @@ impl Code {
                 rest /= base;
             }
         }
+        for j in 0..group {
+            let place = base.pow((group - 1 - j) as u32);
+            for (rank, &v) in values.iter().enumerate() {
+                code.digits[j][usize::from(v as u8)] = (rank * place) as u8;
+            }
+        }
+        for pattern in 0..patterns {
+            code.codes[pattern] = if pattern < half {
+                // The opposite: with an odd number of patterns, one stands in the
+                // middle and is its own.
+                (patterns - 1 - pattern - half) as u8 | NEGATIVE
+            } else {
+                (pattern - half) as u8
+            };
+        }
         code
     }
 
-    /// The index, and whether the entry is to be negated, of up to `group`
-    /// weights, told by where they stand among the levels.
-    fn encode(&self, ranks: impl Iterator<Item = u8>) -> (u8, bool) {
-        let (mut pattern, mut missing) = (0, self.group);
-        for rank in ranks {
-            pattern = pattern * self.base + usize::from(rank);
-            missing -= 1;
+    /// The code of each group of `values`. In a last group that is not full the
+    /// columns that are missing have the lowest level.
+    fn encode(&self, values: &[i8], codes: &mut [u8]) {
+        match self.group {
+            1 => self.encode_groups::<1>(values, codes),
+            2 => self.encode_groups::<2>(values, codes),
+            3 => self.encode_groups::<3>(values, codes),
+            4 => self.encode_groups::<4>(values, codes),
+            _ => self.encode_groups::<MAX_GROUP>(values, codes),
         }
-        for _ in 0..missing {
-            pattern *= self.base;
+    }
+
+    fn encode_groups<const G: usize>(&self, values: &[i8], codes: &mut [u8]) {
+        let (groups, rest) = values.as_chunks::<G>();
+        for (code, group) in codes.iter_mut().zip(groups) {
+            *code = self.code(group);
         }
-        if pattern < self.half {
-            // The opposite: with an odd number of patterns, one stands in the
-            // middle and is its own.
-            let patterns = self.base.pow(self.group as u32);
-            ((patterns - 1 - pattern - self.half) as u8, true)
-        } else {
-            ((pattern - self.half) as u8, false)
+        if !rest.is_empty() {
+            codes[groups.len()] = self.code(rest);
         }
+    }
+
+    #[inline(always)]
+    fn code(&self, group: &[i8]) -> u8 {
+        let digits =
+            group.iter().zip(&self.digits).map(|(&v, digits)| digits[usize::from(v as u8)]);
+        self.codes[usize::from(digits.sum::<u8>()) % PATTERNS]
     }
 }
 
@@ -208,8 +248,6 @@ impl Cut {
 pub(in super::super) struct Elut {
     name: &'static str,
     levels: Levels,
-    /// Where each value stands among the levels, by its bits.
-    ranks: [u8; 256],
     /// Of the blocks, if there are any.
     pub(in super::super) mirror: Option<Code>,
     /// Of what is left over, or of everything.
@@ -264,10 +302,6 @@ impl Elut {
         mirror: Option<usize>,
         plain: usize,
     ) -> Self {
-        let mut ranks = [0; 256];
-        for (rank, &v) in levels.values().iter().enumerate() {
-            ranks[usize::from(v as u8)] = rank as u8;
-        }
         let reach = mirror.unwrap_or(0).max(plain) * levels.max_abs() as usize * 128;
         let digits = Digits::new(reach);
         // A block fits int16, or at least a pair of plain groups.
@@ -276,7 +310,6 @@ impl Elut {
         Self {
             name,
             levels,
-            ranks,
             mirror: mirror.map(|group| Code::new(levels, group, true)),
             plain: Code::new(levels, plain, false),
             digits,
@@ -344,25 +377,41 @@ impl Layout for Elut {
         self.levels
     }
 
-    fn pack(&self, w: &LevelMatrix<'_>, first: usize, out: &mut [u8]) {
-        let cut = self.cut(w.cols());
+    fn pack(&self, rows: &[i8], cols: usize, out: &mut [u8]) {
+        let cut = self.cut(cols);
         let (blocks, pairs) = out.split_at_mut(cut.block_bytes());
-        let rank = |&v: &i8| self.ranks[usize::from(v as u8)];
-        for i in 0..ROWS.min(w.rows() - first) {
-            let (mirrored, plain) = w.row(first + i).split_at(cut.pairs_from);
-            if let Some(code) = &self.mirror {
-                let cols = mirrored.chunks_exact(code.group * BLOCK_GROUPS);
-                for (out, cols) in blocks.chunks_exact_mut(BLOCK_BYTES).zip(cols) {
-                    for (k, cols) in cols.chunks_exact(code.group).enumerate() {
-                        let (index, negative) = code.encode(cols.iter().map(rank));
-                        out[k / 2 * ROWS + i] |= index << (k % 2 * 4);
-                        out[BLOCK_GROUPS / 2 * ROWS + i] |= u8::from(negative) << (7 - k);
+        if let Some(code) = &self.mirror {
+            let (blocks, _) = blocks.as_chunks_mut::<BLOCK_BYTES>();
+            for (t, blocks) in blocks.chunks_mut(TILE_GROUPS / BLOCK_GROUPS).enumerate() {
+                let start = t * TILE_GROUPS * code.group;
+                let width = blocks.len() * BLOCK_GROUPS * code.group;
+                let mut codes = [0; TILE_GROUPS];
+                for (i, row) in rows.chunks_exact(cols).enumerate() {
+                    code.encode(&row[start..][..width], &mut codes);
+                    let (codes, _) = codes.as_chunks::<BLOCK_GROUPS>();
+                    for (block, codes) in blocks.iter_mut().zip(codes) {
+                        let mut signs = 0;
+                        for (p, pair) in codes.as_chunks::<2>().0.iter().enumerate() {
+                            let indexes = pair.map(|code| code & !NEGATIVE);
+                            block[p * ROWS + i] = indexes[0] | indexes[1] << 4;
+                            signs = signs << 2 | pair[0] >> 7 << 1 | pair[1] >> 7;
+                        }
+                        block[BLOCK_GROUPS / 2 * ROWS + i] = signs;
                     }
                 }
             }
-            for (k, cols) in plain.chunks(self.plain.group).enumerate() {
-                let (index, _) = self.plain.encode(cols.iter().map(rank));
-                pairs[k / 2 * ROWS + i] |= index << (k % 2 * 4);
+        }
+        let (pairs, _) = pairs.as_chunks_mut::<ROWS>();
+        for (t, pairs) in pairs.chunks_mut(TILE_GROUPS / 2).enumerate() {
+            let start = cut.pairs_from + t * TILE_GROUPS * self.plain.group;
+            let width = (2 * pairs.len() * self.plain.group).min(cols - start);
+            // Zeros where a last pair lacks its second group.
+            let mut codes = [0; TILE_GROUPS];
+            for (i, row) in rows.chunks_exact(cols).enumerate() {
+                self.plain.encode(&row[start..][..width], &mut codes);
+                for (out, pair) in pairs.iter_mut().zip(codes.as_chunks::<2>().0) {
+                    out[i] = pair[0] | pair[1] << 4;
+                }
             }
         }
     }
@@ -548,15 +597,19 @@ mod tests {
     /// The numbers that the papers give to patterns, and the opposites of all.
     #[test]
     fn codes_are_those_of_the_papers() {
-        let ranks = |trits: &[i8]| trits.iter().map(|t| (t + 1) as u8).collect::<Vec<_>>();
+        let encode = |code: &Code, trits: &[i8]| {
+            let mut codes = [0];
+            code.encode(trits, &mut codes);
+            (codes[0] & !NEGATIVE, codes[0] & NEGATIVE != 0)
+        };
         let two = Code::new(Levels::TERNARY, 2, false);
         let three = Code::new(Levels::TERNARY, 3, true);
         for pattern in 0..27 {
             let trits = [pattern / 9 - 1, pattern / 3 % 3 - 1, pattern % 3 - 1];
             let number = 9 * trits[0] + 3 * trits[1] + trits[2];
-            let (index, negative) = three.encode(ranks(&trits).into_iter());
+            let (index, negative) = encode(&three, &trits);
             assert_eq!((index, negative), (number.unsigned_abs(), number < 0), "{trits:?}");
-            let (index, _) = two.encode(ranks(&trits[1..]).into_iter());
+            let (index, _) = encode(&two, &trits[1..]);
             assert_eq!(index as i8, 3 * trits[1] + trits[2] + 4, "{trits:?}");
         }
     }
@@ -571,9 +624,8 @@ mod tests {
             let cols = 97;
             let weights: Vec<i8> =
                 (0..3 * cols).map(|i| values[i * i % 31 % values.len()]).collect();
-            let w = LevelMatrix::new(&weights, 3, cols, 1.0, e.levels).unwrap();
             let mut bytes = vec![0; e.group_bytes(cols)];
-            e.pack(&w, 0, &mut bytes);
+            e.pack(&weights, cols, &mut bytes);
             let mut out = vec![0; ROWS * cols];
             e.unpack(&bytes, cols, &mut out);
             assert!(out[..3 * cols] == weights, "{values:?} {mirror:?}");

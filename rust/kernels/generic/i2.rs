@@ -13,7 +13,6 @@ use std::ops::Range;
 
 use super::super::{Kernel, Layout, PackedMatrix, Prepared};
 use super::blocks::{self, BLOCK_BYTES, ROWS};
-use crate::levels::LevelMatrix;
 
 /// Weights of a byte.
 pub(in super::super) const FIELDS: usize = 4;
@@ -40,8 +39,8 @@ impl Layout for I2 {
         Cut::new(cols).group_bytes()
     }
 
-    fn pack(&self, w: &LevelMatrix<'_>, first: usize, out: &mut [u8]) {
-        Cut::pack(w, first, out, pack_block);
+    fn pack(&self, rows: &[i8], cols: usize, out: &mut [u8]) {
+        Cut::pack(rows, cols, out, pack_block);
     }
 
     fn unpack(&self, group: &[u8], cols: usize, out: &mut [i8]) {
@@ -93,7 +92,6 @@ impl Kernel for GenericI2 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::levels::Levels;
 
     #[test]
     fn wastes_little_on_the_widths_of_known_models() {
@@ -108,11 +106,10 @@ mod tests {
     fn codes_stand_where_the_layout_says() {
         let (rows, cols) = (3, 256 + 100); // tail: 100 columns in 32 bytes, fields 32 apart
         let trits: Vec<i8> = (0..rows * cols).map(|c| (c * 7 % 3) as i8 - 1).collect();
-        let w = LevelMatrix::new(&trits, rows, cols, 1.0, Levels::TERNARY).unwrap();
         let mut bytes = vec![0; I2.group_bytes(cols)];
-        I2.pack(&w, 0, &mut bytes);
-        for r in 0..rows {
-            for (c, &t) in w.row(r).iter().enumerate() {
+        I2.pack(&trits, cols, &mut bytes);
+        for (r, row) in trits.chunks_exact(cols).enumerate() {
+            for (c, &t) in row.iter().enumerate() {
                 let (byte, field) = match c {
                     0..256 => (64 * r + c % 64, c / 64),
                     _ => (256 + 32 * r + (c - 256) % 32, (c - 256) / 32),
