@@ -8,9 +8,9 @@
 //! draws the same token. One below 2^-40 of the best is never drawn.
 //!
 //! The slow twin, which sorts, is `sample` in `_reference.py`. Nothing here
-//! sorts a vocabulary: [`cut`] finds the last of the highest values by counting
+//! sorts a vocabulary: `cut` finds the last of the highest values by counting
 //! them in buckets, over all that could be meant. For top-k those are the values
-//! not below the k-th of the maxima of [`GROUPS`]; for top-p, those not so light
+//! not below the k-th of the maxima of 2048 groups; for top-p, those not so light
 //! that all of the kind together could go.
 
 use super::exp::exp;
@@ -18,7 +18,7 @@ use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 
 /// The weight of the best token. Weights keep all bits of their float32 down to
-/// 2^-16 of it.
+/// 2^-17 of it.
 const BEST: f32 = (1u64 << 40) as f32;
 
 /// The most logits in a row, so that weights add up to 2^63 at most.
@@ -40,8 +40,8 @@ const CHUNK: usize = 32;
 const BUCKET_BITS: u32 = 10;
 
 /// Copies of the buckets, taken in turn: an addition to the bucket of the value
-/// before would wait for that one. With a single copy rows of a few values take
-/// half as long again; four are slower than two where values differ.
+/// before would wait for that one. With one copy rows of a few values take a
+/// sixth longer; adding up four costs more than they save.
 const COPIES: usize = 2;
 
 /// Which tokens may be drawn, and how probable each is. [`sample`] applies the
@@ -55,7 +55,7 @@ pub struct Sampling {
     pub top_k: usize,
     /// Keeps the shortest run of the largest weights, lower positions first
     /// among equals, whose sum is at least `top_p` times that of all that are
-    /// left, rounded up (see [`nucleus`]); 1 keeps all.
+    /// left, rounded up (see `nucleus`); 1 keeps all.
     pub top_p: f64,
     /// Keeps weights of at least this fraction of the best; 0 keeps all.
     pub min_p: f64,
@@ -163,8 +163,7 @@ fn maxima(isa: Isa, logits: &[f32]) -> Result<[f32; GROUPS], Error> {
             for round in logits.chunks(GROUPS) {
                 for (highest, &l) in maxima.iter_mut().zip(round) {
                     *highest = highest.max(l);
-                    // NaN is not below infinity either.
-                    bad |= u32::from(!(l < f32::INFINITY));
+                    bad |= u32::from(l.is_nan() | (l == f32::INFINITY));
                 }
             }
             bad
@@ -271,7 +270,8 @@ fn top_k(isa: Isa, logits: &[f32], maxima: &[f32], k: usize) -> Vec<usize> {
         #[inline(always)]
         || {
             for (n, chunk) in logits.chunks(CHUNK).enumerate() {
-                if any(chunk, |l| l >= kept.last) {
+                let more = kept.equals > 0;
+                if any(chunk, |l| (l > kept.last) | ((l == kept.last) & more)) {
                     let start = n * CHUNK;
                     positions.extend(
                         (0..chunk.len()).filter(|&i| kept.takes(chunk[i])).map(|i| start + i),
@@ -499,7 +499,7 @@ mod tests {
     fn whole_and_key_are_what_they_say() {
         let mut last = 0;
         for exponent in 0..=40 {
-            for w in [1u64 << exponent, 1 << exponent | 1 << exponent / 2] {
+            for w in [1u64 << exponent, (1 << exponent) | (1 << (exponent / 2))] {
                 assert_eq!(whole(w as f32), w as f32 as u64);
             }
         }
