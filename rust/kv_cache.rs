@@ -1,7 +1,8 @@
 //! Keys and values of one sequence: storage, append, truncate. No attention
 //! maths, but the layout is made for it.
 //!
-//! For each layer and key/value head there are pages of 128 positions:
+//! There are pages of 128 positions, in which for each layer and key/value head
+//! stand:
 //!
 //! - keys in groups of 32 positions, transposed: `[group][head_dim][32]`, so
 //!   that the lanes of a register are keys;
@@ -17,12 +18,13 @@
 //! instead of becoming infinite. Pages are added as they are needed: a cache
 //! costs what it holds, and running out of memory is an error like any other.
 
-use std::collections::TryReserveError;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::floats::{F16, LANES};
+use crate::memory::{AlignedBytes, Plain};
 use crate::ops::lanes::Load;
 
 /// Positions of a page, which is also a block of the attention's softmax.
@@ -92,11 +94,6 @@ impl KvShape {
     }
 }
 
-/// Keys and values of one head in one layer, by pages.
-pub(crate) struct HeadKv<E> {
-    pages: Vec<Page<E>>,
-}
-
 /// Elements of a [`Strip`]; divides [`PAGE`].
 pub(crate) const STRIP: usize = 2 * LANES;
 
@@ -105,12 +102,20 @@ pub(crate) const STRIP: usize = 2 * LANES;
 #[repr(align(64))]
 pub(crate) struct Strip<E>(pub(crate) [[E; LANES]; 2]);
 
-/// Keys and values of [`PAGE`] positions.
-pub(crate) struct Page<E> {
+// SAFETY: 32 numbers of 16 or 32 bits, without padding: any bytes are some.
+#[expect(unsafe_code, reason = "a promise about the type above")]
+unsafe impl Plain for Strip<F16> {}
+// SAFETY: as above.
+#[expect(unsafe_code, reason = "a promise about the type above")]
+unsafe impl Plain for Strip<f32> {}
+
+/// One head's keys and values of [`PAGE`] positions.
+#[derive(Clone, Copy)]
+pub(crate) struct Page<'a, E> {
     /// `[position / 32][dimension][position % 32]`
-    pub(crate) keys: Vec<Strip<E>>,
+    pub(crate) keys: &'a [Strip<E>],
     /// `[dimension / 32][position][dimension % 32]`
-    pub(crate) values: Vec<Strip<E>>,
+    pub(crate) values: &'a [Strip<E>],
 }
 
 /// A type that keys and values are rounded to.
@@ -141,65 +146,96 @@ impl KvElement for F16 {
     }
 }
 
-impl<E: KvElement> HeadKv<E> {
-    /// The page of positions `PAGE * index` and on.
-    pub(crate) fn page(&self, index: usize) -> &Page<E> {
-        &self.pages[index]
+/// Pages of all heads of all layers. Those of the same positions lie together,
+/// `[layer][head]` and keys before values, so that a layer is read in one
+/// stream, and on huge pages where they are large.
+pub(crate) struct Pages<E> {
+    pages: Vec<AlignedBytes>,
+    head_dim: usize,
+    element: PhantomData<E>,
+}
+
+impl<E: KvElement> Pages<E>
+where
+    Strip<E>: Plain,
+{
+    fn new(shape: KvShape) -> Self {
+        Self { pages: Vec::new(), head_dim: shape.head_dim, element: PhantomData }
     }
 
-    /// Adds pages until `positions` fit.
-    fn reserve(&mut self, shape: KvShape, positions: usize) -> Result<(), TryReserveError> {
-        while self.pages.len() * PAGE < positions {
-            let keys = zeroed(PAGE / STRIP * shape.head_dim)?;
-            let values = zeroed(PAGE * shape.width() / STRIP)?;
-            self.pages.try_reserve(1)?;
-            self.pages.push(Page { keys, values });
-        }
-        Ok(())
+    /// Strips of the keys of a page, and of its values.
+    fn strips(&self) -> (usize, usize) {
+        let values = self.head_dim.div_ceil(STRIP) * PAGE;
+        (PAGE / STRIP * self.head_dim, values)
     }
 
-    /// Writes one position.
+    /// Positions `PAGE * index` and on of head `head`, counted over all layers.
     #[inline(always)]
-    fn write(&mut self, position: usize, key: &[E], value: &[E]) {
-        let page = &mut self.pages[position / PAGE];
+    pub(crate) fn page(&self, head: usize, index: usize) -> Page<'_, E> {
+        let (keys, values) = self.strips();
+        let page = &self.pages[index].as_slice_of::<Strip<E>>()[head * (keys + values)..];
+        Page { keys: &page[..keys], values: &page[keys..keys + values] }
+    }
+
+    /// Adds pages until `positions` fit; None if there is no memory.
+    fn reserve(&mut self, heads: usize, positions: usize) -> Option<()> {
+        let (keys, values) = self.strips();
+        while self.pages.len() * PAGE < positions {
+            let n_bytes = (heads * (keys + values)).checked_mul(size_of::<Strip<E>>())?;
+            self.pages.try_reserve(1).ok()?;
+            self.pages.push(AlignedBytes::try_zeroed(n_bytes)?);
+        }
+        Some(())
+    }
+
+    /// Writes one position of one head.
+    #[inline(always)]
+    fn write(&mut self, head: usize, position: usize, key: &[E], value: &[E]) {
+        let (keys, values) = self.strips();
+        let page = self.pages[position / PAGE].as_mut_slice_of::<Strip<E>>();
+        let page = &mut page[head * (keys + values)..][..keys + values];
+        let (keys, values) = page.split_at_mut(keys);
         let position = position % PAGE;
-        let group = &mut page.keys[position / STRIP * key.len()..][..key.len()];
+        let group = &mut keys[position / STRIP * key.len()..][..key.len()];
         for (strip, &k) in group.iter_mut().zip(key) {
             strip.0[position % STRIP / LANES][position % LANES] = k;
         }
-        for (strips, v) in page.values.chunks_exact_mut(PAGE).zip(value.chunks(STRIP)) {
+        for (strips, v) in values.chunks_exact_mut(PAGE).zip(value.chunks(STRIP)) {
             strips[position].0.as_flattened_mut()[..v.len()].copy_from_slice(v);
         }
     }
 }
 
 /// Rounds `keys` and `values`, `[token][head][head_dim]`, and writes them to
-/// `heads` from position `first` on.
+/// the `n` heads from `head` on, from position `first` on.
 fn write_all<E: KvElement>(
     isa: Isa,
-    heads: &mut [HeadKv<E>],
-    head_dim: usize,
+    pages: &mut Pages<E>,
+    (head, n): (usize, usize),
     first: usize,
     keys: &[f32],
     values: &[f32],
-) {
+) where
+    Strip<E>: Plain,
+{
+    let head_dim = pages.head_dim;
     isa.vectorize(
         #[inline(always)]
         || {
             let mut rounded = [[E::default(); ROUNDED]; 2];
-            let tokens = keys.chunks_exact(heads.len() * head_dim);
-            for (i, (k, v)) in tokens.zip(values.chunks_exact(heads.len() * head_dim)).enumerate() {
-                let parts = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
-                for (head, (k, v)) in heads.iter_mut().zip(parts) {
+            let tokens = keys.chunks_exact(n * head_dim).zip(values.chunks_exact(n * head_dim));
+            for (i, (k, v)) in tokens.enumerate() {
+                let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
+                for (h, (k, v)) in heads.enumerate() {
                     let [key, value] = &mut rounded;
                     if head_dim <= ROUNDED {
                         E::round_all(k, &mut key[..head_dim]);
                         E::round_all(v, &mut value[..head_dim]);
-                        head.write(first + i, &key[..head_dim], &value[..head_dim]);
+                        pages.write(head + h, first + i, &key[..head_dim], &value[..head_dim]);
                     } else {
                         let all = |from: &[f32]| from.iter().map(|&x| E::from_f32(x)).collect();
                         let (key, value): (Vec<E>, Vec<E>) = (all(k), all(v));
-                        head.write(first + i, &key, &value);
+                        pages.write(head + h, first + i, &key, &value);
                     }
                 }
             }
@@ -210,17 +246,10 @@ fn write_all<E: KvElement>(
 /// Room for a rounded key or value: as wide as heads are, and wider.
 const ROUNDED: usize = 512;
 
-fn zeroed<E: KvElement>(len: usize) -> Result<Vec<Strip<E>>, TryReserveError> {
-    let mut v = Vec::new();
-    v.try_reserve_exact(len)?;
-    v.resize(len, Strip([[E::default(); LANES]; 2]));
-    Ok(v)
-}
-
-/// The heads of all layers, layer by layer.
+/// Keys and values of all layers.
 pub(crate) enum Storage {
-    F16(Vec<HeadKv<F16>>),
-    F32(Vec<HeadKv<f32>>),
+    F16(Pages<F16>),
+    F32(Pages<f32>),
 }
 
 /// Keys and values of one sequence.
@@ -246,10 +275,9 @@ impl KvCache {
             .ok_or_else(|| {
                 invalid!("a cache capacity of {capacity}; wanted 1 to what can be addressed")
             })?;
-        let heads = shape.n_layers * shape.n_kv_heads;
         let storage = match dtype {
-            KvDtype::F16 => Storage::F16((0..heads).map(|_| HeadKv { pages: vec![] }).collect()),
-            KvDtype::F32 => Storage::F32((0..heads).map(|_| HeadKv { pages: vec![] }).collect()),
+            KvDtype::F16 => Storage::F16(Pages::new(shape)),
+            KvDtype::F32 => Storage::F32(Pages::new(shape)),
         };
         Ok(Self { shape, capacity, length: 0, n_bytes, storage })
     }
@@ -309,12 +337,12 @@ impl KvCache {
                 self.capacity
             ));
         }
-        let (shape, positions) = (self.shape, self.length + n);
+        let (heads, positions) = (self.shape.n_layers * self.shape.n_kv_heads, self.length + n);
         match &mut self.storage {
-            Storage::F16(heads) => heads.iter_mut().try_for_each(|h| h.reserve(shape, positions)),
-            Storage::F32(heads) => heads.iter_mut().try_for_each(|h| h.reserve(shape, positions)),
+            Storage::F16(pages) => pages.reserve(heads, positions),
+            Storage::F32(pages) => pages.reserve(heads, positions),
         }
-        .map_err(|_| Error::State(format!("no memory for keys and values of {positions} tokens")))
+        .ok_or_else(|| Error::State(format!("no memory for keys and values of {positions} tokens")))
     }
 
     /// Writes the keys and values of consecutive tokens of one layer from
@@ -329,11 +357,10 @@ impl KvCache {
         keys: &[f32],
         values: &[f32],
     ) {
-        let (n, d) = (self.shape.n_kv_heads, self.shape.head_dim);
-        let of_layer = layer * n..(layer + 1) * n;
+        let heads = (layer * self.shape.n_kv_heads, self.shape.n_kv_heads);
         match &mut self.storage {
-            Storage::F16(heads) => write_all(isa, &mut heads[of_layer], d, first, keys, values),
-            Storage::F32(heads) => write_all(isa, &mut heads[of_layer], d, first, keys, values),
+            Storage::F16(pages) => write_all(isa, pages, heads, first, keys, values),
+            Storage::F32(pages) => write_all(isa, pages, heads, first, keys, values),
         }
     }
 

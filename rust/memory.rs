@@ -36,6 +36,12 @@ const SHARED: usize = HUGE / 8;
 #[cfg(target_os = "linux")]
 const MAPPING: usize = 64 << 20;
 
+/// A type without padding, of which any bytes are a value.
+///
+/// # Safety
+/// That it is so.
+pub(crate) unsafe trait Plain: Copy {}
+
 /// Zeroed bytes that start on a cache line. Large ones are not yet provided by
 /// the operating system: the threads that write them first do, side by side.
 pub(crate) struct AlignedBytes {
@@ -215,6 +221,25 @@ impl AlignedBytes {
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `&mut self` makes the borrow unique.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+
+    /// As many whole `T` as there is room for.
+    pub(crate) fn as_slice_of<T: Plain>(&self) -> &[T] {
+        const { assert!(align_of::<T>() <= LINE) };
+        // SAFETY: as in `as_slice`; the start is on a cache line, `T` is no stricter,
+        // and any bytes are a `T`.
+        unsafe { std::slice::from_raw_parts(self.start_of::<T>(), self.len / size_of::<T>()) }
+    }
+
+    /// As many whole `T` as there is room for.
+    pub(crate) fn as_mut_slice_of<T: Plain>(&mut self) -> &mut [T] {
+        const { assert!(align_of::<T>() <= LINE) };
+        // SAFETY: as in `as_slice_of` and `as_mut_slice`.
+        unsafe { std::slice::from_raw_parts_mut(self.start_of::<T>(), self.len / size_of::<T>()) }
+    }
+
+    fn start_of<T>(&self) -> *mut T {
+        if self.len == 0 { std::ptr::dangling_mut() } else { self.start.as_ptr().cast() }
     }
 
     pub(crate) fn as_i8(&self) -> &[i8] {

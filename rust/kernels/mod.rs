@@ -207,10 +207,12 @@ impl Prepared {
                 }
                 let a = lanes.iter().fold(1e-5f32, |a, &m| if m > a { m } else { a });
                 let s = 1.0 / a * 127.0;
+                // Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low
+                // bits; a conversion with its checks would not compile to vector code.
                 let mut sum = 0i32;
                 for (q, v) in values.iter_mut().zip(x) {
-                    let rounded = (v * s).round_ties_even().clamp(-128.0, 127.0);
-                    *q = rounded as i8;
+                    let rounded = (v * s).clamp(-128.0, 127.0) + 12_582_912.0;
+                    *q = rounded.to_bits() as i8;
                     sum += i32::from(*q);
                 }
                 (sum, s)

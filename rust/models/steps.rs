@@ -18,6 +18,9 @@ use crate::ops::head::{ScanScratch, top_logits};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::rope::{Rope, rotate};
 
+/// Blocks of keys up to which one thread merges them: a microsecond or two.
+const MERGED_ALONE: usize = 4;
+
 /// Work items handed out per thread, for rows of unequal cost.
 const CHUNKS: usize = 4;
 
@@ -123,20 +126,20 @@ pub(super) fn attention(
         let cache = &*batch[row.segment].cache;
         Keys { cache, layer, kv_head: item % dims.n_kv_heads, n_keys: row.position + 1 }
     };
-    let items = rows.len() * dims.n_kv_heads;
-    let blocks = if rows.len() == 1 { keys(0).blocks() } else { 1 };
-    if blocks == 1 || items >= CHUNKS * m.team.threads() || m.team.threads() == 1 {
+    if rows.len() > 1 {
         m.team.split(out, group, CHUNKS, |start, out| {
+            let mut parts = Vec::new();
             for (i, out) in out.chunks_exact_mut(group).enumerate() {
                 let item = start / group + i;
-                attend(m.isa, &q[item * group..][..group], keys(item), out);
+                attend(m.isa, &q[item * group..][..group], keys(item), &mut parts, out);
             }
         });
         return Ok(());
     }
-    // Few heads and many keys: the blocks of keys are dealt out, too.
+    // One row has few heads and perhaps many keys: the blocks of keys are dealt out.
+    let blocks = keys(0).blocks();
     let width = group / head_dim * block_width(head_dim);
-    resize(parts, items * blocks, width)?;
+    resize(parts, dims.n_kv_heads * blocks, width)?;
     m.team.split(parts, width, CHUNKS, |start, mut parts| {
         let mut at = start / width;
         while !parts.is_empty() {
@@ -149,7 +152,8 @@ pub(super) fn attention(
         }
     });
     let parts = &*parts;
-    m.team.split(out, group, 1, |start, out| {
+    let granule = if blocks <= MERGED_ALONE { out.len() } else { group };
+    m.team.split(out, granule, 1, |start, out| {
         for (i, out) in out.chunks_exact_mut(group).enumerate() {
             let item = start / group + i;
             let parts = &parts[item * blocks * width..][..blocks * width];

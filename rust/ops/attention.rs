@@ -25,16 +25,22 @@ use super::lanes::{LaneOp, Lanes, dispatch};
 use super::tree_sum;
 use crate::cpu::Isa;
 use crate::floats::LANES;
-use crate::kv_cache::{HeadKv, KvCache, KvElement, PAGE, Page, STRIP, Storage, Strip};
+use crate::kv_cache::{KvCache, KvElement, PAGE, Page, Pages, STRIP, Storage, Strip};
+use crate::memory::Plain;
 
 /// Keys that share a softmax maximum: many enough that merging costs little,
 /// few enough that scores and weights stay in L1. A page of the cache.
 pub const KEY_BLOCK: usize = PAGE;
 
-/// Query heads that share the loads of keys and values. With the two registers
-/// of a strip (32 keys, or 32 dimensions) there are 8 chains of multiply-adds;
-/// a head that stands alone takes two strips, for 4: enough to hide their
-/// latency.
+/// Strips ahead of the one in use that are asked for: keys and values are in no
+/// cache when their layer's turn comes. In float16, three pages, as the ternary
+/// kernels ask for their weights; the first strips of a page of the cache are
+/// asked for at the end of what stands before them.
+const AHEAD: usize = 192;
+
+/// Query heads that share the loads of keys and values. A strip (32 keys, or 32
+/// dimensions) is then 8 chains of multiply-adds; a head that stands alone takes
+/// two strips, for 4: enough to hide their latency.
 const HEAD_TILE: usize = 4;
 
 /// The keys that query heads attend to: the first `n_keys` positions of one
@@ -59,13 +65,6 @@ impl Keys<'_> {
     }
 }
 
-/// Attends with the query heads `q` (each `head_dim` long, already turned by
-/// RoPE) that share a key/value head. `out` has the shape of `q`.
-pub fn attend(isa: Isa, q: &[f32], keys: Keys<'_>, out: &mut [f32]) {
-    assert_eq!(q.len(), out.len(), "lengths differ");
-    run(isa, q, keys, 0..keys.blocks(), Output::Attended(out));
-}
-
 /// Numbers that a block gives for each query head: its maximum, its sum of
 /// weights, and `head_dim` sums over values.
 #[must_use]
@@ -73,11 +72,32 @@ pub fn block_width(head_dim: usize) -> usize {
     2 + head_dim
 }
 
+/// Attends with the query heads `q` (each `head_dim` long, already turned by
+/// RoPE) that share a key/value head. `out` has the shape of `q`; `parts` is a
+/// buffer.
+pub fn attend(isa: Isa, q: &[f32], keys: Keys<'_>, parts: &mut Vec<f32>, out: &mut [f32]) {
+    let head_dim = keys.cache.shape().head_dim;
+    parts.resize(keys.blocks() * q.len() / head_dim * block_width(head_dim), 0.0);
+    attend_blocks(isa, q, keys, 0..keys.blocks(), parts);
+    merge_blocks(isa, parts, head_dim, out);
+}
+
 /// The blocks `blocks` by themselves: `parts` is `[block][query head][block_width]`.
 pub fn attend_blocks(isa: Isa, q: &[f32], keys: Keys<'_>, blocks: Range<usize>, parts: &mut [f32]) {
-    let head_dim = keys.cache.shape().head_dim;
+    let Keys { cache, layer, kv_head, n_keys } = keys;
+    let shape = cache.shape();
+    let head_dim = shape.head_dim;
+    assert!(n_keys > 0 && n_keys <= cache.capacity() && blocks.end <= keys.blocks());
     assert_eq!(parts.len(), blocks.len() * q.len() / head_dim * block_width(head_dim), "parts");
-    run(isa, q, keys, blocks, Output::Parts(parts));
+    let kv_head = layer * shape.n_kv_heads + kv_head;
+    match cache.storage() {
+        Storage::F16(pages) => {
+            dispatch(isa, Attend { q, pages, kv_head, head_dim, n_keys, blocks, parts });
+        }
+        Storage::F32(pages) => {
+            dispatch(isa, Attend { q, pages, kv_head, head_dim, n_keys, blocks, parts });
+        }
+    }
 }
 
 /// What [`attend`] gives, from all blocks' parts. `out` is `[query head][head_dim]`.
@@ -88,206 +108,147 @@ pub fn merge_blocks(isa: Isa, parts: &[f32], head_dim: usize, out: &mut [f32]) {
         #[inline(always)]
         || {
             for (h, out) in out.chunks_exact_mut(head_dim).enumerate() {
-                let mut merged = Merged::default();
+                let (mut max, mut sum) = (0.0, 0.0);
                 for (b, parts) in parts.chunks_exact(block).enumerate() {
                     let part = &parts[h * width..][..width];
-                    merged.add(b == 0, [part[0], part[1]]).merge(out, &part[2..]);
+                    merge(b == 0, &mut max, &mut sum, out, part);
                 }
-                merged.finish(out);
+                let inverse = 1.0 / sum;
+                for o in out {
+                    *o *= inverse;
+                }
             }
         },
     );
 }
 
-fn run(isa: Isa, q: &[f32], keys: Keys<'_>, blocks: Range<usize>, output: Output<'_>) {
-    let Keys { cache, layer, kv_head, n_keys } = keys;
-    let shape = cache.shape();
-    assert!(n_keys > 0 && n_keys <= cache.capacity() && blocks.end <= keys.blocks());
-    let index = layer * shape.n_kv_heads + kv_head;
-    let head_dim = shape.head_dim;
-    match cache.storage() {
-        Storage::F16(heads) => {
-            let kv = &heads[index];
-            dispatch(isa, Attend { q, kv, head_dim, n_keys, blocks, output });
-        }
-        Storage::F32(heads) => {
-            let kv = &heads[index];
-            dispatch(isa, Attend { q, kv, head_dim, n_keys, blocks, output });
-        }
+/// Adds one head's block to the blocks before it: their maximum, sum of weights
+/// and sums over values.
+#[inline(always)]
+fn merge(first: bool, max: &mut f32, sum: &mut f32, out: &mut [f32], part: &[f32]) {
+    let (block_max, block_sum, values) = (part[0], part[1], &part[2..]);
+    if first {
+        (*max, *sum) = (block_max, block_sum);
+        out.copy_from_slice(values);
+        return;
     }
-}
-
-enum Output<'a> {
-    /// All blocks, merged.
-    Attended(&'a mut [f32]),
-    /// Each block by itself.
-    Parts(&'a mut [f32]),
+    let new = if block_max > *max { block_max } else { *max };
+    let (keep, gain) = (exp(*max - new), exp(block_max - new));
+    *sum = sum.mul_add(keep, block_sum * gain);
+    *max = new;
+    for (o, &a) in out.iter_mut().zip(values) {
+        *o = o.mul_add(keep, a * gain);
+    }
 }
 
 struct Attend<'a, E> {
     q: &'a [f32],
-    kv: &'a HeadKv<E>,
+    pages: &'a Pages<E>,
+    /// Counted over all layers.
+    kv_head: usize,
     head_dim: usize,
     n_keys: usize,
     blocks: Range<usize>,
-    output: Output<'a>,
+    parts: &'a mut [f32],
 }
 
-impl<E: KvElement> LaneOp for Attend<'_, E> {
+impl<E: KvElement> LaneOp for Attend<'_, E>
+where
+    Strip<E>: Plain,
+{
     #[inline(always)]
-    fn run<L: Lanes>(mut self, lanes: L) {
-        let tile = HEAD_TILE * self.head_dim;
-        let tiles = self.q.len() / tile * tile;
-        for at in (0..tiles).step_by(tile) {
-            self.tile::<HEAD_TILE, 1, L>(lanes, at);
-        }
-        for at in (tiles..self.q.len()).step_by(self.head_dim) {
-            self.tile::<1, 2, L>(lanes, at);
-        }
-    }
-}
-
-impl<E: KvElement> Attend<'_, E> {
-    /// The `H` query heads from element `at` of `q` on, `S` strips at once.
-    #[inline(always)]
-    fn tile<const H: usize, const S: usize, L: Lanes>(&mut self, lanes: L, at: usize) {
-        let (head_dim, width) = (self.head_dim, block_width(self.head_dim));
-        let q = &self.q[at..][..H * head_dim];
-        let heads = self.q.len() / head_dim;
-        let mut merged = [Merged::default(); H];
-        let mut p = [[[0f32; LANES]; KEY_BLOCK / LANES]; H];
-        for (i, b) in self.blocks.clone().enumerate() {
-            let n = KEY_BLOCK.min(self.n_keys - b * KEY_BLOCK);
-            let page = self.kv.page(b);
-            let blocks = block_weights::<H, S, E, L>(lanes, q, page, head_dim, n, &mut p);
-            let p: [&[f32]; H] = std::array::from_fn(|h| &p[h].as_flattened()[..n]);
-            match &mut self.output {
-                Output::Parts(parts) => {
-                    let parts = &mut parts[(i * heads + at / head_dim) * width..][..H * width];
-                    for (part, block) in parts.chunks_exact_mut(width).zip(blocks) {
-                        part[..2].copy_from_slice(&block);
-                    }
-                    block_values::<H, S, E, L>(lanes, p, page, head_dim, |h, d, values| {
-                        parts[h * width + 2 + d..][..values.len()].copy_from_slice(values);
-                    });
-                }
-                Output::Attended(out) => {
-                    let factors: [Factors; H] =
-                        std::array::from_fn(|h| merged[h].add(b == 0, blocks[h]));
-                    block_values::<H, S, E, L>(lanes, p, page, head_dim, |h, d, values| {
-                        let out = &mut out[at + h * head_dim + d..][..values.len()];
-                        factors[h].merge(out, values);
-                    });
-                }
+    fn run<L: Lanes>(self, lanes: L) {
+        let Self { q, pages, kv_head, head_dim, n_keys, blocks, parts } = self;
+        let (tile, width) = (HEAD_TILE * head_dim, block_width(head_dim));
+        let heads = q.len() / head_dim;
+        let tiled = heads / HEAD_TILE * HEAD_TILE;
+        for (parts, b) in parts.chunks_exact_mut(heads * width).zip(blocks) {
+            let n = KEY_BLOCK.min(n_keys - b * KEY_BLOCK);
+            let page = pages.page(kv_head, b);
+            let (tiles, rest) = parts.split_at_mut(tiled * width);
+            let tiles = tiles.chunks_exact_mut(HEAD_TILE * width).zip(q.chunks_exact(tile));
+            for (part, q) in tiles {
+                block::<HEAD_TILE, 1, E, L>(lanes, q, page, head_dim, n, part);
             }
-        }
-        if let Output::Attended(out) = &mut self.output {
-            for h in 0..H {
-                merged[h].finish(&mut out[at + h * head_dim..][..head_dim]);
+            let rest = rest.chunks_exact_mut(width);
+            for (part, q) in rest.zip(q[tiled * head_dim..].chunks_exact(head_dim)) {
+                block::<1, 2, E, L>(lanes, q, page, head_dim, n, part);
             }
         }
     }
 }
 
-/// Maximum and sum of weights of the blocks so far.
-#[derive(Clone, Copy, Default)]
-struct Merged {
-    max: f32,
-    sum: f32,
-}
-
-/// What the values so far, and a block's, are multiplied by. None: the block is
-/// the first.
-#[derive(Clone, Copy)]
-struct Factors(Option<(f32, f32)>);
-
-impl Merged {
-    #[inline(always)]
-    fn add(&mut self, first: bool, [block_max, block_sum]: [f32; 2]) -> Factors {
-        if first {
-            *self = Self { max: block_max, sum: block_sum };
-            return Factors(None);
-        }
-        let new = if block_max > self.max { block_max } else { self.max };
-        let (keep, gain) = (exp(self.max - new), exp(block_max - new));
-        self.sum = self.sum.mul_add(keep, block_sum * gain);
-        self.max = new;
-        Factors(Some((keep, gain)))
-    }
-
-    /// Sums over values to their mean.
-    #[inline(always)]
-    fn finish(self, out: &mut [f32]) {
-        let inverse = 1.0 / self.sum;
-        for o in out {
-            *o *= inverse;
-        }
-    }
-}
-
-impl Factors {
-    #[inline(always)]
-    fn merge(self, out: &mut [f32], values: &[f32]) {
-        match self.0 {
-            None => out.copy_from_slice(values),
-            Some((keep, gain)) => {
-                for (o, &a) in out.iter_mut().zip(values) {
-                    *o = o.mul_add(keep, a * gain);
-                }
-            }
-        }
-    }
-}
-
-/// The weights of one block's `n` keys for `H` heads, to `p`; each head's
-/// maximum and sum.
+/// One block of `n` keys for `H` query heads, `S` groups of strips at once.
+// Closures say `#[inline(always)]`: one that is not inlined is compiled for no
+// instruction set.
 #[inline(always)]
-fn block_weights<const H: usize, const S: usize, E: KvElement, L: Lanes>(
-    lanes: L,
+fn block<const H: usize, const S: usize, E: KvElement, L: Lanes>(
+    l: L,
     q: &[f32],
-    page: &Page<E>,
+    page: Page<'_, E>,
     head_dim: usize,
     n: usize,
-    p: &mut [[[f32; LANES]; KEY_BLOCK / LANES]; H],
-) -> [[f32; 2]; H] {
+    parts: &mut [f32],
+) {
+    let width = block_width(head_dim);
     // Rounded once, from float64, as transformers' `head_dim**-0.5`.
     let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
-    scores::<H, S, E, L>(lanes, q, &page.keys, head_dim, n, scale, p);
-    std::array::from_fn(|h| {
-        let (max, sum) = weights(&mut p[h], n);
-        [max, sum]
-    })
-}
-
-/// The weighted values of one block: calls `put(head, first dimension, values)`.
-#[inline(always)]
-fn block_values<const H: usize, const S: usize, E: KvElement, L: Lanes>(
-    lanes: L,
-    p: [&[f32]; H],
-    page: &Page<E>,
-    head_dim: usize,
-    mut put: impl FnMut(usize, usize, &[f32]),
-) {
+    let mut p = [[[0f32; LANES]; KEY_BLOCK / LANES]; H];
+    scores::<H, S, E, L>(l, q, page.keys, head_dim, n, scale, &mut p);
+    for h in 0..H {
+        (parts[h * width], parts[h * width + 1]) = weights(&mut p[h], n);
+    }
+    let p: [&[f32]; H] = std::array::from_fn(|h| &p[h].as_flattened()[..n]);
     let groups = head_dim.div_ceil(STRIP);
-    let mut put_group = |acc: &[[[f32; LANES]; 2]; H], g: usize| {
-        let dims = STRIP.min(head_dim - g * STRIP);
-        for h in 0..H {
-            put(h, g * STRIP, &acc[h].as_flattened()[..dims]);
-        }
-    };
     let mut g = 0;
     while g + S <= groups {
-        let tiles = weighted_values::<H, S, E, L>(lanes, p, &page.values[g * PAGE..]);
-        for (i, acc) in tiles.iter().enumerate() {
-            put_group(acc, g + i);
-        }
+        strip_sums::<H, S, E, L>(
+            l,
+            p,
+            &page.values[g * PAGE..],
+            PAGE,
+            #[inline(always)]
+            |s, half, tile| put_values(l, (g + s) * STRIP + half * LANES, tile, head_dim, parts),
+        );
         g += S;
     }
     while g < groups {
-        let [acc] = weighted_values::<H, 1, E, L>(lanes, p, &page.values[g * PAGE..]);
-        put_group(&acc, g);
+        strip_sums::<H, 1, E, L>(
+            l,
+            p,
+            &page.values[g * PAGE..],
+            PAGE,
+            #[inline(always)]
+            |_, half, tile| put_values(l, g * STRIP + half * LANES, tile, head_dim, parts),
+        );
         g += 1;
     }
+}
+
+/// Puts the lanes of `tile` that are dimensions, from `first` on, to each head's
+/// part.
+#[inline(always)]
+fn put_values<const H: usize, L: Lanes>(
+    l: L,
+    first: usize,
+    tile: [L::V; H],
+    head_dim: usize,
+    parts: &mut [f32],
+) {
+    let dims = LANES.min(head_dim.saturating_sub(first));
+    for h in 0..H {
+        let values = &l.to_array(tile[h])[..dims];
+        parts[h * block_width(head_dim) + 2 + first.min(head_dim)..][..dims]
+            .copy_from_slice(values);
+    }
+}
+
+/// Whether the accumulators of `H` heads for both halves of a strip fit the
+/// registers. AVX2 has 16, where four heads would need them all for 16 chains and
+/// spill: one half after the other is 6 times as fast there.
+#[inline(always)]
+fn both_halves<const H: usize, L: Lanes>() -> bool {
+    H * 2 * L::REGISTERS <= 8
 }
 
 /// Scaled scores of `n` keys, 32 at a time; lanes past `n` hold leftovers.
@@ -305,45 +266,102 @@ fn scores<const H: usize, const S: usize, E: KvElement, L: Lanes>(
     let groups = n.div_ceil(STRIP);
     let mut g = 0;
     while g + S <= groups {
-        let tiles = dots::<H, S, E, L>(l, q, &keys[g * head_dim..], head_dim);
-        for s in 0..S {
-            for h in 0..H {
-                for i in 0..2 {
-                    p[h][2 * (g + s) + i] = l.to_array(tiles[s][h][i]).map(|x| x * scale);
-                }
-            }
-        }
+        strip_sums::<H, S, E, L>(
+            l,
+            q,
+            &keys[g * head_dim..],
+            head_dim,
+            #[inline(always)]
+            |s, half, tile| put_scores(l, 2 * (g + s) + half, tile, scale, p),
+        );
         g += S;
     }
     while g < groups {
-        let [tile] = dots::<H, 1, E, L>(l, q, &keys[g * head_dim..], head_dim);
-        for h in 0..H {
-            for i in 0..2 {
-                p[h][2 * g + i] = l.to_array(tile[h][i]).map(|x| x * scale);
-            }
-        }
+        strip_sums::<H, 1, E, L>(
+            l,
+            q,
+            &keys[g * head_dim..],
+            head_dim,
+            #[inline(always)]
+            |_, half, tile| put_scores(l, 2 * g + half, tile, scale, p),
+        );
         g += 1;
     }
 }
 
-/// Dot products of `H` queries with `S` groups of 32 keys.
+/// Scales the scores of sixteen keys, the `i`-th sixteen of a block.
 #[inline(always)]
-fn dots<const H: usize, const S: usize, E: KvElement, L: Lanes>(
+fn put_scores<const H: usize, L: Lanes>(
     l: L,
-    q: [&[f32]; H],
-    keys: &[Strip<E>],
-    head_dim: usize,
-) -> [[[L::V; 2]; H]; S] {
-    let keys: [&[Strip<E>]; S] = std::array::from_fn(|s| &keys[s * head_dim..(s + 1) * head_dim]);
-    let mut acc = [[[l.splat(0.0); 2]; H]; S];
-    for d in 0..head_dim {
-        let q: [L::V; H] = std::array::from_fn(|h| l.splat(q[h][d]));
+    i: usize,
+    tile: [L::V; H],
+    scale: f32,
+    p: &mut [[[f32; LANES]; KEY_BLOCK / LANES]; H],
+) {
+    for h in 0..H {
+        p[h][i] = l.to_array(tile[h]).map(|x| x * scale);
+    }
+}
+
+/// For `S` groups of strips that begin every `stride` strips, and the `H`
+/// factors of each strip of a group: calls `put(group, half, sums)` with the sums
+/// of factor times strip.
+///
+/// Scores are such sums over dimensions (the factors are queries), and so are
+/// weighted values, over keys (the factors are weights).
+#[inline(always)]
+fn strip_sums<const H: usize, const S: usize, E: KvElement, L: Lanes>(
+    l: L,
+    factors: [&[f32]; H],
+    strips: &[Strip<E>],
+    stride: usize,
+    mut put: impl FnMut(usize, usize, [L::V; H]),
+) {
+    let n = factors[0].len();
+    let strips: [&[Strip<E>]; S] = std::array::from_fn(|s| &strips[s * stride..][..n]);
+    if both_halves::<H, L>() {
+        let acc = sums_of::<H, S, 2, E, L>(l, factors, strips, 0);
         for s in 0..S {
-            let [low, high] = &keys[s][d].0;
-            let (low, high) = (E::load(l, low), E::load(l, high));
-            for h in 0..H {
-                acc[s][h][0] = l.fma(low, q[h], acc[s][h][0]);
-                acc[s][h][1] = l.fma(high, q[h], acc[s][h][1]);
+            put(s, 0, acc[s][0]);
+            put(s, 1, acc[s][1]);
+        }
+    } else {
+        for half in 0..2 {
+            let acc = sums_of::<H, S, 1, E, L>(l, factors, strips, half);
+            for s in 0..S {
+                put(s, half, acc[s][0]);
+            }
+        }
+    }
+}
+
+/// The sums of `N` halves from `first` on. Nothing else is in this function, so
+/// that the sums stay in registers.
+#[inline(always)]
+fn sums_of<const H: usize, const S: usize, const N: usize, E: KvElement, L: Lanes>(
+    l: L,
+    factors: [&[f32]; H],
+    strips: [&[Strip<E>]; S],
+    first: usize,
+) -> [[[L::V; H]; N]; S] {
+    let n = factors[0].len();
+    let factors = factors.map(|f| &f[..n]);
+    let strips = strips.map(|s| &s[..n]);
+    let mut acc = [[[l.splat(0.0); H]; N]; S];
+    for i in 0..n {
+        let mut f = [l.splat(0.0); H];
+        for h in 0..H {
+            f[h] = l.splat(factors[h][i]);
+        }
+        for s in 0..S {
+            if first == 0 {
+                l.prefetch(strips[s].as_ptr().wrapping_add(i + AHEAD));
+            }
+            for half in 0..N {
+                let x = E::load(l, &strips[s][i].0[first + half]);
+                for h in 0..H {
+                    acc[s][half][h] = l.fma(x, f[h], acc[s][half][h]);
+                }
             }
         }
     }
@@ -353,43 +371,22 @@ fn dots<const H: usize, const S: usize, E: KvElement, L: Lanes>(
 /// Turns the scores of a block into weights; their maximum and sum.
 #[inline(always)]
 fn weights(p: &mut [[f32; LANES]; KEY_BLOCK / LANES], n: usize) -> (f32, f32) {
+    let p = &mut p[..n.div_ceil(LANES)];
+    // Leftovers weigh nothing: e to the minus infinity is 0.
+    p.as_flattened_mut()[n..].fill(f32::NEG_INFINITY);
     let mut maxima = [f32::NEG_INFINITY; LANES];
-    for (g, p) in p.iter().take(n.div_ceil(LANES)).enumerate() {
+    for p in p.iter() {
         for i in 0..LANES {
-            maxima[i] = if g * LANES + i < n && p[i] > maxima[i] { p[i] } else { maxima[i] };
+            maxima[i] = if p[i] > maxima[i] { p[i] } else { maxima[i] };
         }
     }
     let max = maxima.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
     let mut lanes = [0f32; LANES];
-    for (g, p) in p.iter_mut().take(n.div_ceil(LANES)).enumerate() {
+    for p in p.iter_mut() {
         for i in 0..LANES {
-            p[i] = if g * LANES + i < n { exp(p[i] - max) } else { 0.0 };
+            p[i] = exp(p[i] - max);
             lanes[i] += p[i];
         }
     }
     (max, tree_sum(lanes))
-}
-
-/// `sum_j p[j] * values[j]` for `S` groups of 32 dimensions.
-#[inline(always)]
-fn weighted_values<const H: usize, const S: usize, E: KvElement, L: Lanes>(
-    l: L,
-    p: [&[f32]; H],
-    values: &[Strip<E>],
-) -> [[[[f32; LANES]; 2]; H]; S] {
-    let n = p[0].len();
-    let values: [&[Strip<E>]; S] = std::array::from_fn(|s| &values[s * PAGE..][..n]);
-    let mut acc = [[[l.splat(0.0); 2]; H]; S];
-    for j in 0..n {
-        let p: [L::V; H] = std::array::from_fn(|h| l.splat(p[h][j]));
-        for s in 0..S {
-            let [low, high] = &values[s][j].0;
-            let (low, high) = (E::load(l, low), E::load(l, high));
-            for h in 0..H {
-                acc[s][h][0] = l.fma(low, p[h], acc[s][h][0]);
-                acc[s][h][1] = l.fma(high, p[h], acc[s][h][1]);
-            }
-        }
-    }
-    acc.map(|heads| heads.map(|pair| pair.map(|v| l.to_array(v))))
 }

@@ -380,15 +380,22 @@ impl LaneOp for Scan<'_> {
         lower.fill(f32::NEG_INFINITY);
         let roundings = (scan.cols.div_ceil(LANES) + 4) as f32;
         let rounding = roundings * SLACK / (1u32 << 24) as f32;
-        for (r, row) in block.clone().enumerate() {
-            let q = &scan.q.as_i8()[row * scan.stride..][..scan.stride];
-            let bounds = scan.bounds[row];
-            let mut lower = &mut lower[..];
-            for (i, input) in inputs.iter().enumerate() {
-                let sum = dot(l, q, &input.p);
+        let mut sums = [0i32; BLOCK];
+        for (i, input) in inputs.iter().enumerate() {
+            // Sums first, in a loop that does nothing else: memory is to be kept busy.
+            let sums = &mut sums[..block.len()];
+            let rows = &scan.q.as_i8()[block.start * scan.stride..block.end * scan.stride];
+            for (sum, q) in sums.iter_mut().zip(rows.chunks_exact(scan.stride)) {
+                *sum = dot(l, q, &input.p);
+            }
+            let bounds = &scan.bounds[block.clone()];
+            let upper = &mut upper[i * BLOCK..][..block.len()];
+            let mut below = [0f32; BLOCK];
+            let [step, x_norm, x_error] = [input.step, input.norm, input.error].map(f64::from);
+            let each = sums.iter().zip(bounds).zip(upper.iter_mut().zip(&mut below));
+            for ((&sum, bounds), (upper, below)) in each {
                 // In float64, where these few operations lose nothing that counts.
                 let [scale, norm, error] = [bounds.scale, bounds.norm, bounds.error].map(f64::from);
-                let [step, x_norm, x_error] = [input.step, input.norm, input.error].map(f64::from);
                 let middle = f64::from(sum) * (scale * step);
                 let radius = (error * x_norm
                     + norm * x_error
@@ -396,12 +403,12 @@ impl LaneOp for Scan<'_> {
                     * f64::from(SLACK)
                     // What the float sum loses where products are subnormal.
                     + 1e-40;
-                upper[i * BLOCK + r] = ((middle + radius) as f32).next_up();
-                let bound = ((middle - radius) as f32).next_down();
-                let (best, rest) = lower.split_at_mut(ks[i]);
-                lower = rest;
-                insert(best, bound);
+                *upper = ((middle + radius) as f32).next_up();
+                *below = ((middle - radius) as f32).next_down();
             }
+            let at = ks[..i].iter().sum::<usize>();
+            let best = &mut lower[at..at + ks[i]];
+            below[..block.len()].iter().for_each(|&bound| insert(best, bound));
         }
     }
 }
@@ -427,10 +434,10 @@ fn dot<L: Lanes>(l: L, q: &[i8], p: &[i16]) -> i32 {
     /// Bytes: three pages, as the ternary kernels ask for their weights.
     const AHEAD: usize = 3 * 4096;
     let (q, p) = (q.as_chunks::<DOT>().0, p.as_chunks::<DOT>().0);
-    let mut sums = [l.zero(); 2];
-    for (c, (q, p)) in q.iter().zip(p).enumerate() {
+    let mut sum = l.zero();
+    for (q, p) in q.iter().zip(p) {
         l.prefetch(q.as_ptr().wrapping_add(AHEAD));
-        sums[c % 2] = l.add_i32(sums[c % 2], l.dot_i8_i16(q, p));
+        sum = l.add_i32(sum, l.dot_i8_i16(q, p));
     }
-    l.sum_i32(l.add_i32(sums[0], sums[1]))
+    l.sum_i32(sum)
 }

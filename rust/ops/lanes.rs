@@ -20,6 +20,8 @@ use crate::floats::{Bf16, Element, F16, LANES};
 pub(crate) trait Lanes: Copy {
     /// Their register type.
     type V: Copy;
+    /// Registers that sixteen lanes take.
+    const REGISTERS: usize;
     /// Partial sums in int32, however many.
     type I: Copy;
 
@@ -58,6 +60,7 @@ pub(crate) struct Portable;
 
 impl Lanes for Portable {
     type V = [f32; LANES];
+    const REGISTERS: usize = 4;
     type I = [i32; LANES];
 
     #[inline(always)]

@@ -192,7 +192,7 @@ fn attention_is_the_same_everywhere_and_right() {
                 let keys = Keys { cache: &cache, layer: 0, kv_head: 0, n_keys: n };
                 let y = same_bits("attention", |isa| {
                     let mut out = vec![0f32; q.len()];
-                    attend(isa, &q, keys, &mut out);
+                    attend(isa, &q, keys, &mut Vec::new(), &mut out);
                     // Block by block, in two parts, then merged: the same bits.
                     let width = group * block_width(head_dim);
                     let mut parts = vec![0f32; keys.blocks() * width];
@@ -255,8 +255,8 @@ fn later_keys_leave_no_trace() {
         let few = cache(shape, KvDtype::F16, &k[..n * 20], &v[..n * 20], n);
         let (mut a, mut b) = ([0f32; 20], [0f32; 20]);
         let keys = |cache| Keys { cache, layer: 0, kv_head: 0, n_keys: n };
-        attend(Isa::GENERIC, &q, keys(&all), &mut a);
-        attend(Isa::GENERIC, &q, keys(&few), &mut b);
+        attend(Isa::GENERIC, &q, keys(&all), &mut Vec::new(), &mut a);
+        attend(Isa::GENERIC, &q, keys(&few), &mut Vec::new(), &mut b);
         assert_eq!(a.map(f32::to_bits), b.map(f32::to_bits), "{n} keys");
     }
 }

@@ -11,6 +11,7 @@ use crate::floats::{Bf16, F16, LANES};
 
 impl Lanes for Avx512 {
     type V = __m512;
+    const REGISTERS: usize = 1;
     type I = __m512i;
 
     #[inline(always)]
@@ -94,6 +95,7 @@ impl Lanes for Avx512 {
 
 impl Lanes for Avx2 {
     type V = [__m256; 2];
+    const REGISTERS: usize = 2;
     type I = __m256i;
 
     #[inline(always)]
