@@ -199,20 +199,30 @@ impl Prepared {
         let (sum, divisor) = isa.vectorize(
             #[inline(always)]
             || {
+                // Loops over arrays of sixteen compile to vector code; over slices of any
+                // length, or with a conversion that checks, they do not.
+                let (chunks, tail) = x.as_chunks::<16>();
                 let mut lanes = [1e-5f32; 16];
-                for chunk in x.chunks(16) {
-                    for (m, v) in lanes.iter_mut().zip(chunk) {
-                        *m = if v.abs() > *m { v.abs() } else { *m };
+                for chunk in chunks {
+                    for i in 0..16 {
+                        let v = chunk[i].abs();
+                        lanes[i] = if v > lanes[i] { v } else { lanes[i] };
                     }
                 }
-                let a = lanes.iter().fold(1e-5f32, |a, &m| if m > a { m } else { a });
+                let all = lanes.iter().copied().chain(tail.iter().map(|v| v.abs()));
+                let a = all.fold(1e-5f32, |a, v| if v > a { v } else { a });
                 let s = 1.0 / a * 127.0;
-                // Adding 1.5 * 2^23 rounds half to even and leaves the integer in the low
-                // bits; a conversion with its checks would not compile to vector code.
-                let mut sum = 0i32;
-                for (q, v) in values.iter_mut().zip(x) {
-                    let rounded = (v * s).clamp(-128.0, 127.0) + 12_582_912.0;
-                    *q = rounded.to_bits() as i8;
+                let mut sums = [0i32; 16];
+                for (q, v) in values.as_chunks_mut::<16>().0.iter_mut().zip(chunks) {
+                    for i in 0..16 {
+                        q[i] = round_to_i8(v[i] * s);
+                        sums[i] += i32::from(q[i]);
+                    }
+                }
+                let mut sum = sums.iter().sum::<i32>();
+                let at = x.len() - tail.len();
+                for (q, v) in values[at..].iter_mut().zip(tail) {
+                    *q = round_to_i8(v * s);
                     sum += i32::from(*q);
                 }
                 (sum, s)
@@ -268,6 +278,13 @@ impl Prepared {
     fn rescale(&self, acc: i32, weight_scale: f32) -> f32 {
         acc as f32 / self.divisor * weight_scale
     }
+}
+
+/// `clamp(round_half_even(x), -128, 127)`; 0 if `x` is not a number. Adding
+/// 1.5 * 2^23 rounds, and leaves the integer in the low bits.
+#[inline(always)]
+fn round_to_i8(x: f32) -> i8 {
+    (x.clamp(-128.0, 127.0) + 12_582_912.0).to_bits() as i8
 }
 
 /// Writes to every page: one that never was is the same page of zeros as all

@@ -37,21 +37,20 @@ pub(crate) trait Lanes: Copy {
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The lanes as an array.
     fn to_array(self, v: Self::V) -> [f32; LANES];
-    /// Sum of products, which the caller knows to fit. Wrapping sums do not
-    /// depend on their order.
-    fn dot_i8_i16(self, a: &[i8; DOT], b: &[i16; DOT]) -> Self::I;
+    /// `sum + w . p`, over all lanes: sums wrap, and so do not depend on their
+    /// order. Byte `2 j` of `w` is unsigned and meets `p[j]`; byte `2 j + 1` is
+    /// signed and meets `p[32 + j]`. So both are had of 16 bits without a
+    /// shuffle: by a mask, and by a shift.
+    fn add_dot(self, sum: Self::I, w: &[u8; DOT], p: &[i16; DOT]) -> Self::I;
     /// No sum yet.
     fn zero(self) -> Self::I;
-    /// `a + b` in each lane.
-    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I;
     /// The lanes added up.
     fn sum_i32(self, a: Self::I) -> i32;
     /// Asks for the cache line at `p`, which need not exist.
     fn prefetch<T>(self, p: *const T);
 }
 
-/// Elements of one integer dot product of [`Lanes`]: two rounds of the widest
-/// registers.
+/// Elements of one integer dot product of [`Lanes`]: a cache line of bytes.
 pub(crate) const DOT: usize = 64;
 
 /// The definition, in scalar code.
@@ -94,22 +93,18 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    fn dot_i8_i16(self, a: &[i8; DOT], b: &[i16; DOT]) -> Self::I {
-        let mut sums = [0i32; LANES];
-        for i in 0..DOT {
-            sums[i % LANES] += i32::from(a[i]) * i32::from(b[i]);
+    fn add_dot(self, mut sum: Self::I, w: &[u8; DOT], p: &[i16; DOT]) -> Self::I {
+        for j in 0..DOT / 2 {
+            let (low, high) = (i32::from(w[2 * j]), i32::from(w[2 * j + 1] as i8));
+            let pair = low * i32::from(p[j]) + high * i32::from(p[DOT / 2 + j]);
+            sum[j % LANES] = sum[j % LANES].wrapping_add(pair);
         }
-        sums
+        sum
     }
 
     #[inline(always)]
     fn zero(self) -> Self::I {
         [0; LANES]
-    }
-
-    #[inline(always)]
-    fn add_i32(self, a: Self::I, b: Self::I) -> Self::I {
-        std::array::from_fn(|i| a[i].wrapping_add(b[i]))
     }
 
     #[inline(always)]

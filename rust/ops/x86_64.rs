@@ -56,15 +56,15 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn dot_i8_i16(self, a: &[i8; DOT], b: &[i16; DOT]) -> __m512i {
-        let (a, b): (*const __m256i, *const __m512i) = (a.as_ptr().cast(), b.as_ptr().cast());
+    fn add_dot(self, sum: __m512i, w: &[u8; DOT], p: &[i16; DOT]) -> __m512i {
+        let p: *const __m512i = p.as_ptr().cast();
         // SAFETY: `self` proves AVX-512 BW; the arrays have the 64 and 128 bytes read.
         unsafe {
-            let [low, high] = [0, 1].map(|i| {
-                let wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(a.add(i)));
-                _mm512_madd_epi16(wide, _mm512_loadu_si512(b.add(i)))
-            });
-            _mm512_add_epi32(low, high)
+            let w = _mm512_loadu_si512(w.as_ptr().cast());
+            let low = _mm512_and_si512(w, _mm512_set1_epi16(0xff));
+            let high = _mm512_srai_epi16::<8>(w);
+            let sum = _mm512_add_epi32(sum, _mm512_madd_epi16(low, _mm512_loadu_si512(p)));
+            _mm512_add_epi32(sum, _mm512_madd_epi16(high, _mm512_loadu_si512(p.add(1))))
         }
     }
 
@@ -72,12 +72,6 @@ impl Lanes for Avx512 {
     fn zero(self) -> __m512i {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_setzero_si512() }
-    }
-
-    #[inline(always)]
-    fn add_i32(self, a: __m512i, b: __m512i) -> __m512i {
-        // SAFETY: `self` proves AVX-512 F.
-        unsafe { _mm512_add_epi32(a, b) }
     }
 
     #[inline(always)]
@@ -147,28 +141,26 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn dot_i8_i16(self, a: &[i8; DOT], b: &[i16; DOT]) -> __m256i {
-        let (a, b): (*const __m128i, *const __m256i) = (a.as_ptr().cast(), b.as_ptr().cast());
+    fn add_dot(self, mut sum: __m256i, w: &[u8; DOT], p: &[i16; DOT]) -> __m256i {
+        let (w, p): (*const __m256i, *const __m256i) = (w.as_ptr().cast(), p.as_ptr().cast());
         // SAFETY: `self` proves AVX2; the arrays have the 64 and 128 bytes read.
         unsafe {
-            let [p, q, r, s] = [0, 1, 2, 3].map(|i| {
-                let wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(a.add(i)));
-                _mm256_madd_epi16(wide, _mm256_loadu_si256(b.add(i)))
-            });
-            _mm256_add_epi32(_mm256_add_epi32(p, q), _mm256_add_epi32(r, s))
+            for i in 0..2 {
+                let w = _mm256_loadu_si256(w.add(i));
+                let low = _mm256_and_si256(w, _mm256_set1_epi16(0xff));
+                let high = _mm256_srai_epi16::<8>(w);
+                let [p, q] = [p.add(i), p.add(2 + i)].map(|p| _mm256_loadu_si256(p));
+                let pair = _mm256_add_epi32(_mm256_madd_epi16(low, p), _mm256_madd_epi16(high, q));
+                sum = _mm256_add_epi32(sum, pair);
+            }
         }
+        sum
     }
 
     #[inline(always)]
     fn zero(self) -> __m256i {
         // SAFETY: `self` proves AVX.
         unsafe { _mm256_setzero_si256() }
-    }
-
-    #[inline(always)]
-    fn add_i32(self, a: __m256i, b: __m256i) -> __m256i {
-        // SAFETY: `self` proves AVX2.
-        unsafe { _mm256_add_epi32(a, b) }
     }
 
     #[inline(always)]
