@@ -160,7 +160,7 @@ fn kernels_and_threads_give_the_same_bits() {
         let generic = build(model_type, sizes, "generic-i2", 1);
         let right = run(&*generic, &mut cache(&*generic, dtype), &ids);
         for kernel in kernels::available(Isa::best().unwrap()) {
-            for threads in [1, 2, 3] {
+            for threads in [1, 2, 3, 16] {
                 let model = build(model_type, sizes, kernel.name(), threads);
                 let found = run(&*model, &mut cache(&*model, dtype), &ids);
                 assert!(found == right, "{model_type} {} {threads} threads", kernel.name());

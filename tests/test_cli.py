@@ -500,11 +500,24 @@ def test_bench_json_has_what_scripts_read(here: Here) -> None:
         "prefill_tokens_per_s",
         "decode_tokens_per_s",
         "bytes_per_token",
+        "kv_bytes_per_token",
+        "rescored_per_token",
         "read_gb_per_s",
         "memory_read_gb_per_s",
         "peak_rss_bytes",
     ):
         assert content[key] > 0, key
+
+
+def test_bench_profile_is_a_table(here: Here) -> None:
+    arguments = ("bench", "--synthetic", "tiny", "-p", "4", "-n", "2", "-r", "1", "--threads", "2")
+    plain, profiled = here(*arguments), here(*arguments, "--profile")
+    assert plain.code == profiled.code == 0, profiled
+    assert re.search(r"^head +int8 rows read, [\d.]+ rows a token rescored", plain.out, re.M)
+    assert re.search(r"^waiting +for each other [\d.]+ % of a decoding step", plain.out, re.M)
+    assert "attention" not in plain.out
+    for part in ("q, k, v", "attention", "gate, up", "down", "head: scan"):
+        assert re.search(rf"^{part} +\d+ ", profiled.out, re.M), profiled.out
 
 
 def test_bench_without_memory_for_the_bandwidth(
@@ -517,7 +530,7 @@ def test_bench_without_memory_for_the_bandwidth(
     arguments = ("bench", "--synthetic", "tiny", "-p", "4", "-n", "2", "-r", "1")
     table = here(*arguments)
     assert table.code == 0, table
-    assert re.search(r"reading .* MB a token\): not compared", table.out)
+    assert re.search(r"reading .* MB of keys and values a token\): not compared", table.out)
     content = json.loads(here(*arguments, "--json").out)
     assert content["memory_read_gb_per_s"] is None
     assert content["read_percent"] is None

@@ -713,6 +713,8 @@ def test_profiles_add_up(checkpoint: Checkpoint) -> None:
     assert all(busy <= 2.1 * wall + 1e-5 for _, wall, busy in laps.values())
     model.forward_top(batch, [1])
     assert model.profile(False) == []
+
+
 @pytest.mark.parametrize("rows", [500, 501, 502, 503])
 def test_packed_trits_are_those_of_int8(tmp_path: Path, rows: int) -> None:
     checkpoint = opened(tmp_path, intermediate_size=rows)
@@ -868,8 +870,8 @@ BAD_TENSORS: list[tuple[str, Callable[[NDArray[Any]], Any], str]] = [
     (NORM, lambda w: w * np.float32("inf"), "infinities or NaNs"),
     (EMBEDDING, lambda w: w.T.copy(), r"has shape \[80, 1024\]; wanted \[1024, 80\]"),
     (EMBEDDING, lambda w: w.astype(np.int8), "dtype int8; wanted float32"),
-    (EMBEDDING, lambda w: w.astype(np.int8), "dtype int8; wanted floats"),
-    (EMBEDDING, lambda w: w.astype(np.uint8), "dtype uint8; wanted floats"),
+    (EMBEDDING, lambda w: w.astype(np.int8), "dtype int8; wanted float32"),
+    (EMBEDDING, lambda w: w.astype(np.uint8), "dtype uint8; wanted float32"),
     (EMBEDDING, lambda w: np.full_like(w, 0x7FC0), "NaN|infinit|finite"),
 ]  # fmt: skip
 

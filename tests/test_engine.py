@@ -56,6 +56,27 @@ def test_shared_prefix_counts_equal_tokens(a: list[int], b: list[int]) -> None:
     assert shared_prefix(np.array(a, np.uint32), np.array(b, np.uint32)) == expected
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        SamplingParams(temperature=1.3, top_k=7, seed=1),
+        SamplingParams(temperature=0.9, top_k=40, top_p=0.8, min_p=0.05, seed=2),
+        SamplingParams(temperature=1.0, top_k=400, seed=3),
+        SamplingParams(temperature=1.0, top_k=5000, seed=3),
+        SAMPLED,
+    ],
+)
+def test_few_logits_choose_what_all_would(core: _core.Model, params: SamplingParams) -> None:
+    request = Request(prompt(20, 9), 24, params)
+    few = alone(core, request)
+    used = core.head_use
+    # Asked for log-probabilities, the engine computes all logits.
+    everything = alone(core, Request(prompt(20, 9), 24, params, logprobs=0))
+    assert few == everything
+    assert core.head_use == used
+
+
 def test_greedy_is_a_loop_over_forward(core: _core.Model) -> None:
     cache = core.new_cache(30)
     ids = prompt(10)

@@ -220,7 +220,9 @@ def _check_forwards(
         out[best] = row[best]
     used = core.head_use
     check = _same("int8-scanned head = full head", wanted, best_few)
-    scans, full, rescored = (core.head_use[key] - used[key] for key in ("scans", "full", "rescored"))
+    scans, full, rescored = (
+        core.head_use[key] - used[key] for key in ("scans", "full", "rescored")
+    )
     yield replace(
         check,
         detail=f"{check.detail}; {rescored / max(1, scans - full):.1f} rows rescored for each of "

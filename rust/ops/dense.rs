@@ -6,7 +6,7 @@
 //! along the row, then a fixed tree. Rows are independent, so tiles of rows
 //! and threads change nothing.
 //!
-//! Rows are multiplied [`ROW_TILE`] at a time, whose chains hide each other's
+//! Rows are multiplied four at a time, whose chains hide each other's
 //! latency, and asked for a tile ahead: read without being asked for, four rows
 //! side by side come at half the speed of one stream.
 

@@ -11,7 +11,7 @@
 //!
 //! and the logit, a float sum of `n = ceil(cols / 16) + 4` roundings, no
 //! further from the exact product than `n 2^-24 |w| |x|`, a little more
-//! ([`Bounds`]). So the k-th best of the lower bounds is one that the k best
+//! (`SLACK`). So the k-th best of the lower bounds is one that the k best
 //! logits reach, and only rows whose upper bound reaches it can be among them:
 //! their logits are computed, by the same code as all logits are
 //! (`DenseMatrix`), so to the same bits. That the result is that of the full

@@ -116,8 +116,8 @@ def _print(report: "BenchReport") -> None:
             f"{report.kv_bytes_per_token / 1e6:,.1f} MB of keys and values a token){memory}",
             "head": f"int8 rows read, {report.rescored_per_token:,.1f} rows a token rescored, "
             f"all logits computed for {report.full_heads} tokens",
-            "threads": f"wait for each other {report.waiting_percent:.1f} % of a decoding step; "
-            f"one works alone {report.alone_percent:.1f} % of it",
+            "waiting": f"for each other {report.waiting_percent:.1f} % of a decoding step; one "
+            f"thread works alone {report.alone_percent:.1f} % of it",
             "peak memory": f"{peak / 1e6:,.0f} MB" if peak else "not known on this system",
         }
     )
