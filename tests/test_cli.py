@@ -513,11 +513,15 @@ def test_bench_profile_is_a_table(here: Here) -> None:
     arguments = ("bench", "--synthetic", "tiny", "-p", "4", "-n", "2", "-r", "1", "--threads", "2")
     plain, profiled = here(*arguments), here(*arguments, "--profile")
     assert plain.code == profiled.code == 0, profiled
-    assert re.search(r"^head +int8 rows read, [\d.]+ rows a token rescored", plain.out, re.M)
-    assert re.search(r"^waiting +for each other [\d.]+ % of a decoding step", plain.out, re.M)
+    assert re.search(
+        r"^head +int8 rows read, [\d.]+ rows a token rescored", plain.out, re.MULTILINE
+    )
+    assert re.search(
+        r"^waiting +for each other [\d.]+ % of a decoding step", plain.out, re.MULTILINE
+    )
     assert "attention" not in plain.out
     for part in ("q, k, v", "attention", "gate, up", "down", "head: scan"):
-        assert re.search(rf"^{part} +\d+ ", profiled.out, re.M), profiled.out
+        assert re.search(rf"^{part} +\d+ ", profiled.out, re.MULTILINE), profiled.out
 
 
 def test_bench_without_memory_for_the_bandwidth(
