@@ -48,6 +48,10 @@ def load(
 ) -> Model:
     """Loads a ternary model.
 
+    The token embedding and the head stay mapped from the checkpoint's file, so that they take
+    memory only as they are read: deleting or replacing the file is fine while the model is in use,
+    overwriting it in place is not.
+
     Args:
         source: `demo` (a small model that comes with the package), a folder with the
             checkpoint's files, or a Hugging Face hub id, which is downloaded once and cached.

@@ -111,7 +111,10 @@ class Reader:
         self._before = weakref.ref(memory)
         array = np.frombuffer(memory, dtype, math.prod(info.shape), skip).reshape(info.shape)
         # The format does not align tensors; the core needs them aligned.
-        return array if array.flags.aligned else array.copy()
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False  # as what is mapped: the core need not copy it again
+        return array
 
     def _let_go(self) -> None:
         memory = self._before() if self._before else None
