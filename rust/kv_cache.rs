@@ -18,7 +18,6 @@
 //! instead of becoming infinite. Pages are added as they are needed: a cache
 //! costs what it holds, and running out of memory is an error like any other.
 
-use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu::Isa;
@@ -152,7 +151,8 @@ impl KvElement for F16 {
 pub(crate) struct Pages<E> {
     pages: Vec<AlignedBytes>,
     head_dim: usize,
-    element: PhantomData<E>,
+    /// Room for one head's key and value, rounded, before they are written.
+    rounded: Vec<E>,
 }
 
 impl<E: KvElement> Pages<E>
@@ -160,7 +160,8 @@ where
     Strip<E>: Plain,
 {
     fn new(shape: KvShape) -> Self {
-        Self { pages: Vec::new(), head_dim: shape.head_dim, element: PhantomData }
+        let rounded = vec![E::default(); 2 * shape.head_dim];
+        Self { pages: Vec::new(), head_dim: shape.head_dim, rounded }
     }
 
     /// Strips of the keys of a page, and of its values.
@@ -222,29 +223,21 @@ fn write_all<E: KvElement>(
     isa.vectorize(
         #[inline(always)]
         || {
-            let mut rounded = [[E::default(); ROUNDED]; 2];
+            let mut rounded = std::mem::take(&mut pages.rounded);
+            let (key, value) = rounded.split_at_mut(head_dim);
             let tokens = keys.chunks_exact(n * head_dim).zip(values.chunks_exact(n * head_dim));
             for (i, (k, v)) in tokens.enumerate() {
                 let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
                 for (h, (k, v)) in heads.enumerate() {
-                    let [key, value] = &mut rounded;
-                    if head_dim <= ROUNDED {
-                        E::round_all(k, &mut key[..head_dim]);
-                        E::round_all(v, &mut value[..head_dim]);
-                        pages.write(head + h, first + i, &key[..head_dim], &value[..head_dim]);
-                    } else {
-                        let all = |from: &[f32]| from.iter().map(|&x| E::from_f32(x)).collect();
-                        let (key, value): (Vec<E>, Vec<E>) = (all(k), all(v));
-                        pages.write(head + h, first + i, &key, &value);
-                    }
+                    E::round_all(k, key);
+                    E::round_all(v, value);
+                    pages.write(head + h, first + i, key, value);
                 }
             }
+            pages.rounded = rounded;
         },
     );
 }
-
-/// Room for a rounded key or value: as wide as heads are, and wider.
-const ROUNDED: usize = 512;
 
 /// Keys and values of all layers.
 pub(crate) enum Storage {

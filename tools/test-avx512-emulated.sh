@@ -42,12 +42,12 @@ export BITNET_RS_TEST_HIGHEST_ISA=avx512vbmi
 set -- --skip f16_rounds_half_to_even_and_saturates "$@"
 out=target/cross/avx512
 rm -rf "$out"
-mkdir -p "$out"/root/{bin,dev,proc,sys,tests,tmp} "$out/cd"
-cp "$debs/bin/busybox" "$out/root/bin/"
+mkdir -p "$out"/guest/{bin,dev,proc,sys,tests,tmp} "$out/cd"
+cp "$debs/bin/busybox" "$out/guest/bin/"
 for test in "${tests[@]}"; do
-  strip --strip-debug -o "$out/root/tests/$(basename "${test%-*}")" "$test"
+  strip --strip-debug -o "$out/guest/tests/$(basename "${test%-*}")" "$test"
 done
-ldd "${tests[@]}" | grep -o '/[^ :]*\.so[^ :]*' | sort -u | xargs -I{} cp -L --parents {} "$out/root"
+ldd "${tests[@]}" | grep -o '/[^ :]*\.so[^ :]*' | sort -u | xargs -I{} cp -L --parents {} "$out/guest"
 {
   echo '#!/bin/busybox sh'
   for name in $(compgen -e | grep -E '^(BITNET_RS|PROPTEST|RUST)_'); do
@@ -70,9 +70,9 @@ echo "TESTS DONE rc=$rc"
 busybox sync
 busybox sleep 1000
 END
-} >"$out/root/init"
-chmod +x "$out/root/init"
-(cd "$out/root" && "$debs/bin/busybox" find . | "$debs/bin/busybox" cpio -o -H newc | gzip -1) >"$out/cd/initrd.gz" 2>/dev/null
+} >"$out/guest/init"
+chmod +x "$out/guest/init"
+(cd "$out/guest" && "$debs/bin/busybox" find . | "$debs/bin/busybox" cpio -o -H newc | gzip -1) >"$out/cd/initrd.gz" 2>/dev/null
 
 # Bochs boots from media only, so a CD it is. Of what this Bochs claims to have,
 # the kernel must ignore: protection keys and compacted XSAVE, which its CPUID
