@@ -42,6 +42,13 @@ const MAPPING: usize = 64 << 20;
 /// That it is so.
 pub(crate) unsafe trait Plain: Copy {}
 
+// SAFETY: integers, of which any bytes are some.
+unsafe impl Plain for i16 {}
+// SAFETY: as above.
+unsafe impl Plain for i32 {}
+// SAFETY: as above.
+unsafe impl Plain for u64 {}
+
 /// Zeroed bytes that start on a cache line. Large ones are not yet provided by
 /// the operating system: the threads that write them first do, side by side.
 pub(crate) struct AlignedBytes {

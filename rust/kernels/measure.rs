@@ -1,6 +1,6 @@
 //! How fast each kernel is on the shapes of a model, on this machine, now: what
 //! `kernel="auto"` chooses by. Apart from `mod.rs` because it multiplies no
-//! weights of anyone's: it runs kernels over a buffer of arbitrary bytes, which
+//! weights of anyone's: it runs kernels over a buffer of random bytes, which
 //! every layout can read, so that nothing need be packed to find out.
 //!
 //! What is imitated is what decides: weights come from memory and not from a
@@ -159,7 +159,7 @@ impl<'a> Bench<'a> {
         // very narrow matrices.
         let n_bytes = (weights / 4).min(BUFFER_BYTES).max(PROBE_ROWS * (widest + 1024));
         let mut buffer = AlignedBytes::zeroed(n_bytes);
-        super::touch(&mut buffer, team);
+        super::randomize(&mut buffer, team);
         let x = (0..widest).map(|i| (i * 37 % 255) as f32 - 127.0).collect();
         Self { team, isa, projections, buffer, cursor: 0, x }
     }

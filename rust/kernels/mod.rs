@@ -28,6 +28,7 @@ use crate::threads::Team;
 mod aarch64;
 mod generic;
 mod measure;
+mod vlut;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -104,6 +105,30 @@ pub trait Kernel: Send + Sync {
             self.gemv(w, rows.clone(), x, y);
         }
     }
+
+    /// Inputs that a task takes at most, where taking more of them at once brings
+    /// nothing: tasks then share out inputs rather than rows.
+    fn block_inputs(&self) -> usize {
+        usize::MAX
+    }
+
+    /// [`gemm`](Kernel::gemm) for parts of several matrices of one width.
+    /// Overridden where they can share what is made of the inputs.
+    fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
+        for Part { w, rows, ys } in parts {
+            self.gemm(w, rows.clone(), xs, ys);
+        }
+    }
+}
+
+/// Rows of a matrix, and where their products go.
+pub struct Part<'a> {
+    /// The matrix.
+    pub w: &'a PackedMatrix,
+    /// Its rows, from a multiple of the layout's `row_group` on.
+    pub rows: Range<usize>,
+    /// For each input, one output for each of `rows`.
+    pub ys: Vec<&'a mut [f32]>,
 }
 
 /// The kernels of a matrix: one multiplies single inputs (decode), one several
@@ -287,12 +312,24 @@ fn round_to_i8(x: f32) -> i8 {
     (x.clamp(-128.0, 127.0) + 12_582_912.0).to_bits() as i8
 }
 
-/// Writes to every page: one that never was is the same page of zeros as all
-/// others, and reading it is reading a cache.
-fn touch(bytes: &mut AlignedBytes, team: &Team) {
+/// Fills memory with bytes that stand for random trits in every layout: four
+/// codes of two bits that are not 3. Tables are only as slow as they are with
+/// weights if the bytes are as many; and a page that never was written is the
+/// same page of zeros as all others, and reading it is reading a cache.
+fn randomize(bytes: &mut AlignedBytes, team: &Team) {
     const PAGE: usize = 4096;
+    let mut state = 1u32;
+    let page: Vec<u8> = (0..PAGE)
+        .map(|_| {
+            (0..4).fold(0, |byte, _| {
+                // A linear congruential generator; its high bits are the random ones.
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                byte << 2 | ((state >> 24) % 3) as u8
+            })
+        })
+        .collect();
     team.split(bytes.as_mut_slice(), PAGE, CHUNKS_PER_THREAD, |_, part| {
-        part.iter_mut().step_by(PAGE).for_each(|byte| *byte = 1);
+        part.chunks_mut(PAGE).for_each(|to| to.copy_from_slice(&page[..to.len()]));
     });
 }
 
@@ -366,13 +403,12 @@ impl PackedMatrix {
         Self { kernels, rows, cols, scale, row_group, group_bytes, bytes }
     }
 
-    /// A matrix of no particular weights, to measure with: every byte can be
-    /// read by every layout, and no kernel's speed depends on them. Call it
-    /// inside [`Team::run`].
+    /// A matrix of no particular weights, to measure with: they are random, and
+    /// can be read by every layout. Call it inside [`Team::run`].
     #[must_use]
     pub fn arbitrary(kernels: Kernels, rows: usize, cols: usize, team: &Team) -> Self {
         let mut w = Self::zeroed(kernels, rows, cols, 1.0);
-        touch(&mut w.bytes, team);
+        randomize(&mut w.bytes, team);
         w
     }
 
@@ -419,6 +455,15 @@ impl PackedMatrix {
         let n = self.group_bytes;
         &self.bytes.as_slice()[first / self.row_group * n..][..n]
     }
+
+    /// The packed bytes of the row groups of `rows`, which begin at the start of
+    /// one.
+    #[inline]
+    fn groups(&self, rows: Range<usize>) -> impl Iterator<Item = &[u8]> {
+        let groups = rows.start / self.row_group..rows.end.div_ceil(self.row_group);
+        let bytes = &self.bytes.as_slice()[groups.start * self.group_bytes..];
+        bytes.chunks_exact(self.group_bytes).take(groups.len())
+    }
 }
 
 /// `y[t * rows + r] = w[r] . xs[t]` for each pair of a matrix and its output:
@@ -445,14 +490,62 @@ pub fn multiply<const N: usize>(
         });
         return;
     }
-    // Each task owns the same rows of every token's output.
-    let mut tasks = Vec::new();
-    for (w, y) in products {
-        let parts = team.columns(y, w.rows, w.row_group, CHUNKS_PER_THREAD);
-        tasks.extend(parts.into_iter().map(|(range, ys)| (w, range, ys)));
-    }
-    team.for_each(&mut tasks, |(w, range, ys)| w.kernels.prefill.gemm(w, range.clone(), xs, ys));
+    let kernel = products[0].0.kernels.for_inputs(xs.len());
+    let mut tasks = tasks(team, kernel, xs, products);
+    team.for_each(&mut tasks, |(xs, parts)| kernel.gemm_parts(parts, xs));
 }
+
+/// Cuts products of several inputs into tasks: some inputs, and rows that they
+/// are multiplied by.
+fn tasks<'a, const N: usize>(
+    team: &Team,
+    kernel: &dyn Kernel,
+    xs: &'a [Prepared],
+    products: [(&'a PackedMatrix, &'a mut [f32]); N],
+) -> Vec<(&'a [Prepared], Vec<Part<'a>>)> {
+    let block = kernel.block_inputs();
+    let mut tasks = Vec::new();
+    if block == usize::MAX {
+        // Each task owns the same rows of every input's output.
+        for (w, y) in products {
+            for (rows, ys) in team.columns(y, w.rows, w.row_group, CHUNKS_PER_THREAD) {
+                tasks.push((xs, vec![Part { w, rows, ys }]));
+            }
+        }
+        return tasks;
+    }
+    let blocks = xs.len().div_ceil(block);
+    let rows: usize = products.iter().map(|(w, _)| w.rows).sum();
+    let wanted = (team.threads() * BLOCKS_PER_THREAD).div_ceil(blocks).min(rows / MIN_ROWS);
+    let cuts = wanted.max(team.threads().div_ceil(blocks));
+    for xs in xs.chunks(block) {
+        tasks.extend((0..cuts).map(|_| (xs, Vec::with_capacity(N))));
+    }
+    for (w, y) in products {
+        let step = w.rows.div_ceil(w.row_group).div_ceil(cuts) * w.row_group;
+        for (y, tasks) in y.chunks_mut(w.rows * block).zip(tasks.chunks_mut(cuts)) {
+            let inputs = y.len() / w.rows;
+            for ((_, parts), start) in tasks.iter_mut().zip((0..w.rows).step_by(step)) {
+                let rows = start..(start + step).min(w.rows);
+                parts.push(Part { w, rows, ys: Vec::with_capacity(inputs) });
+            }
+            for y in y.chunks_exact_mut(w.rows) {
+                for (y, (_, parts)) in y.chunks_mut(step).zip(tasks.iter_mut()) {
+                    parts.last_mut().expect("pushed above").ys.push(y);
+                }
+            }
+        }
+    }
+    tasks
+}
+
+/// Tasks per thread of a kernel that takes inputs in blocks, where there are rows
+/// enough.
+const BLOCKS_PER_THREAD: usize = 4;
+
+/// Rows of a task that tables are still worth building for, if there are others
+/// to be shared out.
+const MIN_ROWS: usize = 1024;
 
 /// [`multiply`] for two matrices of one shape, and `then` for what comes out of
 /// the same rows of both: gate, up and their activation.

@@ -5,6 +5,7 @@ mod avx2_elut;
 mod avx2_i2;
 mod avx2_t5;
 mod avx2_tile;
+mod avx2_vlut;
 mod avx512_i2;
 mod avx512_tile;
 mod avx512vbmi_t5;
@@ -27,6 +28,7 @@ pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
         Proof::Ssse3(proof) => kernels.push((isa, Box::new(ssse3_i2::Ssse3I2::new(proof)))),
         Proof::Avx2(proof) => {
             kernels.push((isa, Box::new(avx2_i2::Avx2I2::new(proof))));
+            kernels.push((isa, Box::new(avx2_vlut::Avx2I2Vlut::new(proof))));
             kernels.push((isa, Box::new(avx2_t5::Avx2T5::new(proof))));
             for (name, layout) in [("avx2-tl2", tl2::layout()), ("avx2-tl1", tl1::layout())] {
                 kernels.push((isa, Box::new(avx2_elut::Avx2Elut::new(proof, name, layout))));
@@ -61,8 +63,14 @@ const AHEAD: usize = 3 * 4096;
 /// Asks for the cache lines [`AHEAD`] of `bytes`, which need not exist.
 #[inline(always)]
 fn prefetch(bytes: &[u8]) {
+    prefetch_at(bytes, AHEAD);
+}
+
+/// Asks for the cache lines `distance` bytes ahead of `bytes`, which need not exist.
+#[inline(always)]
+fn prefetch_at(bytes: &[u8], distance: usize) {
     for line in (0..bytes.len()).step_by(64) {
-        let at = bytes.as_ptr().wrapping_add(AHEAD + line);
+        let at = bytes.as_ptr().wrapping_add(distance + line);
         // SAFETY: SSE is in the target's baseline, and a prefetch of any
         // address does nothing but move a line.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };

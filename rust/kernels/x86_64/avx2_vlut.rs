@@ -1,0 +1,375 @@
+//! Vector look-up tables with AVX2: a lane of int16 for each of 16 tokens. What
+//! they are and the loops around these are in `vlut.rs`.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::super::generic::blocks::ROWS;
+use super::super::generic::i2::{FIELDS, I2};
+use super::super::vlut::{self, LANES, Line, Loops, Table, Tables, WIDE, pass_bytes};
+use super::super::{Kernel, Layout, PackedMatrix, Part, Prepared};
+use super::avx2_i2::Avx2I2;
+use super::prefetch_at as prefetch;
+use crate::cpu::Avx2;
+
+/// Tables of a pass over i2: four of 81 lines are 21 KB, which share an L1 of 32
+/// KB with the sums and indices that stream through it.
+const TABLES: usize = 4;
+
+/// Inputs left over from whole blocks that are still worth tables: for fewer,
+/// dot products are as fast.
+const FEW: usize = 8;
+
+pub(super) struct Avx2I2Vlut(Avx2, Avx2I2);
+
+impl Avx2I2Vlut {
+    pub(super) fn new(proof: Avx2) -> Self {
+        Self(proof, Avx2I2::new(proof))
+    }
+}
+
+impl Kernel for Avx2I2Vlut {
+    fn name(&self) -> &'static str {
+        "avx2-i2-vlut"
+    }
+
+    fn layout(&self) -> &'static dyn Layout {
+        &I2
+    }
+
+    fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
+        self.1.gemv(w, rows, x, y);
+    }
+
+    fn block_inputs(&self) -> usize {
+        WIDE
+    }
+
+    fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
+        let loops = I2Loops(self.0);
+        for first in (0..xs.len()).step_by(WIDE) {
+            let xs = &xs[first..xs.len().min(first + WIDE)];
+            if xs.len() <= FEW {
+                for Part { w, rows, ys } in &mut *parts {
+                    self.1.gemm(w, rows.clone(), xs, &mut ys[first..]);
+                }
+                continue;
+            }
+            // SAFETY: `self.0` proves that the CPU has AVX2.
+            unsafe { multiply(loops, xs.len() > LANES, parts, xs, first) }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+fn multiply(l: I2Loops, wide: bool, parts: &mut [Part<'_>], xs: &[Prepared], first: usize) {
+    if wide {
+        vlut::gemm(l, true, parts, xs, first);
+    } else {
+        vlut::gemm(l, false, parts, xs, first);
+    }
+}
+
+#[derive(Clone, Copy)]
+struct I2Loops(Avx2);
+
+impl Loops<FIELDS, TABLES> for I2Loops {
+    #[inline(always)]
+    fn transpose(self, q: [&[i8; LANES]; LANES], out: &mut [[i16; LANES]; LANES]) {
+        let _proof = self.0;
+        // SAFETY: the proof says that the CPU has AVX2.
+        unsafe { transpose(q, out) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, bytes: &[u8], distance: usize) {
+        prefetch(bytes, distance);
+    }
+
+    #[inline(always)]
+    fn split(self, wide: bool, group: &[u8], index: &mut [u64], stride: usize) {
+        // SAFETY: as above.
+        unsafe {
+            if wide {
+                split::<4>(group, index, stride);
+            } else {
+                split::<8>(group, index, stride);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn build(self, columns: &[Line; FIELDS], table: &mut Table) {
+        // SAFETY: as above.
+        unsafe { build_i2(columns, table) }
+    }
+
+    #[inline(always)]
+    fn add(
+        self,
+        wide: bool,
+        fresh: bool,
+        tables: &Tables,
+        index: &[u64],
+        sums: &mut [i16],
+    ) {
+        // SAFETY: as above.
+        unsafe {
+            match (wide, fresh) {
+                (true, true) => add::<TABLES, true, true>(tables, index, sums),
+                (true, false) => add::<TABLES, true, false>(tables, index, sums),
+                (false, true) => add::<TABLES, false, true>(tables, index, sums),
+                (false, false) => add::<TABLES, false, false>(tables, index, sums),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn widen(self, fresh: bool, sums: &[i16], wide_sums: &mut [i32]) {
+        // SAFETY: as above.
+        unsafe {
+            if fresh {
+                widen::<true>(sums, wide_sums);
+            } else {
+                widen::<false>(sums, wide_sums);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn rescale(
+        self,
+        sums: [&[i32; LANES]; ROWS],
+        divisors: &[f32; LANES],
+        scale: f32,
+        out: &mut [[f32; ROWS]; LANES],
+    ) {
+        // SAFETY: as above.
+        unsafe { rescale(sums, divisors, scale, out) }
+    }
+}
+
+/// [`Loops::split`] for passes of `BYTES` bytes, 4 or 8: transpositions of units
+/// of so many.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn split<const BYTES: usize>(group: &[u8], index: &mut [u64], stride: usize) {
+    const { assert!(BYTES == 4 || BYTES == 8) };
+    let n = group.len() / ROWS;
+    assert!(n.is_multiple_of(16) && n > 0);
+    assert!(stride >= BYTES / 2 && index.len() >= (n / BYTES - 1) * stride + BYTES / 2);
+    let group = group.as_ptr();
+    let mut put = |pass: usize, word: usize, v| {
+        // SAFETY: `pass < n / BYTES` and `word + 2 <= BYTES / 2`, for which `index` was
+        // found to have room; no alignment is needed.
+        unsafe { _mm_storeu_si128(index.as_mut_ptr().add(pass * stride + word).cast(), v) }
+    };
+    for at in (0..n).step_by(16) {
+        let mut v = [_mm_setzero_si128(); ROWS];
+        for r in 0..ROWS {
+            // SAFETY: row `r` has the bytes from `r * n` on, and 16 of them from `at` on,
+            // since `n` is a multiple of 16.
+            v[r] = unsafe { _mm_loadu_si128(group.add(r * n + at).cast()) };
+        }
+        let pass = at / BYTES;
+        if BYTES == 8 {
+            for half in 0..2 {
+                let (a, b) = (v[2 * half], v[2 * half + 1]);
+                put(pass, 2 * half, _mm_unpacklo_epi64(a, b));
+                put(pass + 1, 2 * half, _mm_unpackhi_epi64(a, b));
+            }
+        } else {
+            let (a, b) = (_mm_unpacklo_epi32(v[0], v[1]), _mm_unpackhi_epi32(v[0], v[1]));
+            let (c, d) = (_mm_unpacklo_epi32(v[2], v[3]), _mm_unpackhi_epi32(v[2], v[3]));
+            put(pass, 0, _mm_unpacklo_epi64(a, c));
+            put(pass + 1, 0, _mm_unpackhi_epi64(a, c));
+            put(pass + 2, 0, _mm_unpacklo_epi64(b, d));
+            put(pass + 3, 0, _mm_unpackhi_epi64(b, d));
+        }
+    }
+}
+
+/// [`Loops::widen`]. A function of its own: the compiler must know that the
+/// slices do not overlap.
+#[target_feature(enable = "avx2")]
+#[inline(never)]
+fn widen<const FRESH: bool>(sums: &[i16], wide_sums: &mut [i32]) {
+    for (wide, sum) in wide_sums.iter_mut().zip(sums) {
+        *wide = if FRESH { 0 } else { *wide } + i32::from(*sum);
+    }
+}
+
+/// [`Loops::rescale`].
+#[target_feature(enable = "avx2")]
+#[inline]
+fn rescale(
+    sums: [&[i32; LANES]; ROWS],
+    divisors: &[f32; LANES],
+    scale: f32,
+    out: &mut [[f32; ROWS]; LANES],
+) {
+    let scale = _mm256_set1_ps(scale);
+    for half in 0..2 {
+        let divisors = load_f32(&divisors.as_chunks().0[half]);
+        let mut v = [scale; ROWS];
+        for r in 0..ROWS {
+            let sums = _mm256_cvtepi32_ps(load_i32(&sums[r].as_chunks().0[half]));
+            v[r] = _mm256_mul_ps(_mm256_div_ps(sums, divisors), scale);
+        }
+        // Four by four in each half of the registers.
+        let (a, b) = (_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+        let (c, d) = (_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+        let low = |x, y| {
+            _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)))
+        };
+        let high = |x, y| {
+            _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)))
+        };
+        for (t, v) in [low(a, c), high(a, c), low(b, d), high(b, d)].into_iter().enumerate() {
+            store_f32(&mut out[8 * half + t], _mm256_castps256_ps128(v));
+            store_f32(&mut out[8 * half + 4 + t], _mm256_extractf128_ps::<1>(v));
+        }
+    }
+}
+
+/// [`Loops::transpose`].
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transpose(q: [&[i8; LANES]; LANES], out: &mut [[i16; LANES]; LANES]) {
+    let mut v = [_mm_setzero_si128(); LANES];
+    for i in 0..LANES {
+        // SAFETY: the array has the 16 bytes that are read; no alignment is needed.
+        v[i] = unsafe { _mm_loadu_si128(q[i].as_ptr().cast()) };
+    }
+    // Each round takes the highest bit of the token's number to the end of the
+    // column's, and the column's highest to the end of the token's.
+    for _ in 0..LANES.ilog2() {
+        let mut next = v;
+        for i in 0..LANES / 2 {
+            next[2 * i] = _mm_unpacklo_epi8(v[i], v[i + LANES / 2]);
+            next[2 * i + 1] = _mm_unpackhi_epi8(v[i], v[i + LANES / 2]);
+        }
+        v = next;
+    }
+    for i in 0..LANES {
+        store(&mut out[i], _mm256_cvtepi8_epi16(v[i]));
+    }
+}
+
+/// [`Loops::build`] for i2, whose bytes hold the codes `t + 1` of four fields.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn build_i2(columns: &[Line; FIELDS], table: &mut Table) {
+    for half in 0..2 {
+        let [a, b, c, d] = columns.each_ref().map(
+            #[inline(always)]
+            |line| load(&line.0[half]),
+        );
+        // All four codes 0: every activation times -1.
+        let all = _mm256_add_epi16(_mm256_add_epi16(a, b), _mm256_add_epi16(c, d));
+        let mut v3 = _mm256_sub_epi16(_mm256_setzero_si256(), all);
+        for code3 in 0..3 {
+            let mut v2 = v3;
+            for code2 in 0..3 {
+                let mut v1 = v2;
+                for code1 in 0..3 {
+                    let lines = &mut table[code3 << 6 | code2 << 4 | code1 << 2..][..3];
+                    let one = _mm256_add_epi16(v1, a);
+                    store(&mut lines[0].0[half], v1);
+                    store(&mut lines[1].0[half], one);
+                    store(&mut lines[2].0[half], _mm256_add_epi16(one, a));
+                    v1 = _mm256_add_epi16(v1, b);
+                }
+                v2 = _mm256_add_epi16(v2, c);
+            }
+            v3 = _mm256_add_epi16(v3, d);
+        }
+    }
+}
+
+/// [`Loops::add`].
+#[target_feature(enable = "avx2")]
+#[inline]
+fn add<const T: usize, const WIDE: bool, const FRESH: bool>(
+    tables: &Tables,
+    index: &[u64],
+    sums: &mut [i16],
+) {
+    let bytes = pass_bytes(T, WIDE);
+    let halves = if WIDE { 2 } else { 1 };
+    let sums = sums.as_chunks_mut::<LANES>().0;
+    let quads = index.chunks_exact(ROWS * bytes / 8).zip(sums.chunks_exact_mut(ROWS * halves));
+    for (index, sums) in quads {
+        for (r, sums) in sums.chunks_exact_mut(halves).enumerate() {
+            let mut acc = [_mm256_setzero_si256(); 2];
+            if !FRESH {
+                for half in 0..halves {
+                    acc[half] = load(&sums[half]);
+                }
+            }
+            for i in 0..bytes {
+                let at = r * bytes + i;
+                let byte = (index[at / 8] >> (at % 8 * 8)) as u8;
+                if WIDE {
+                    let line = tables.line(i, byte);
+                    acc[0] = _mm256_add_epi16(acc[0], load_in_order(&line.0[0]));
+                    acc[1] = _mm256_add_epi16(acc[1], load_in_order(&line.0[1]));
+                } else {
+                    let line = tables.line(i / 2, byte);
+                    acc[0] = _mm256_add_epi16(acc[0], load_in_order(&line.0[i % 2]));
+                }
+            }
+            for half in 0..halves {
+                store(&mut sums[half], acc[half]);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn load(lanes: &[i16; LANES]) -> __m256i {
+    // SAFETY: the array has the 32 bytes that are read; no alignment is needed.
+    unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
+}
+
+/// Loads in the order of the calls, which the compiler would change: from the two
+/// halves of lines in turns.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn load_in_order(lanes: &[i16; LANES]) -> __m256i {
+    /// A vector without its alignment.
+    #[repr(C, packed)]
+    struct Unaligned(__m256i);
+    // SAFETY: the array has the 32 bytes that are read, any bytes are a vector of
+    // integers, and the type has no alignment.
+    unsafe { std::ptr::read_volatile(lanes.as_ptr().cast::<Unaligned>()).0 }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn store(lanes: &mut [i16; LANES], v: __m256i) {
+    // SAFETY: the array has the 32 bytes that are written; no alignment is needed.
+    unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), v) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn load_i32(v: &[i32; 8]) -> __m256i {
+    // SAFETY: the array has the 32 bytes that are read; no alignment is needed.
+    unsafe { _mm256_loadu_si256(v.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn load_f32(v: &[f32; 8]) -> __m256 {
+    // SAFETY: as in `load_i32`.
+    unsafe { _mm256_loadu_ps(v.as_ptr()) }
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn store_f32(to: &mut [f32; ROWS], v: __m128) {
+    // SAFETY: the array has the 16 bytes that are written; no alignment is needed.
+    unsafe { _mm_storeu_ps(to.as_mut_ptr(), v) }
+}
