@@ -491,51 +491,56 @@ pub fn multiply<const N: usize>(
         return;
     }
     let kernel = products[0].0.kernels.for_inputs(xs.len());
-    let mut tasks = tasks(team, kernel, xs, products);
+    // Where inputs share something made of them, all matrices are one group.
+    let mut tasks = if kernel.block_inputs() == usize::MAX {
+        tasks(team, kernel, xs, products.map(|product| [product]))
+    } else {
+        tasks(team, kernel, xs, [products])
+    };
     team.for_each(&mut tasks, |(xs, parts)| kernel.gemm_parts(parts, xs));
 }
 
-/// Cuts products of several inputs into tasks: some inputs, and rows that they
-/// are multiplied by.
-fn tasks<'a, const N: usize>(
+/// Cuts groups of products of several inputs into tasks: some of the inputs, and
+/// some rows of each matrix of a group, in the same proportion.
+fn tasks<'a, const N: usize, const GROUPS: usize>(
     team: &Team,
     kernel: &dyn Kernel,
     xs: &'a [Prepared],
-    products: [(&'a PackedMatrix, &'a mut [f32]); N],
+    groups: [[(&'a PackedMatrix, &'a mut [f32]); N]; GROUPS],
 ) -> Vec<(&'a [Prepared], Vec<Part<'a>>)> {
-    let block = kernel.block_inputs();
     let mut tasks = Vec::new();
-    if block == usize::MAX {
-        // Each task owns the same rows of every input's output.
-        for (w, y) in products {
-            for (rows, ys) in team.columns(y, w.rows, w.row_group, CHUNKS_PER_THREAD) {
-                tasks.push((xs, vec![Part { w, rows, ys }]));
-            }
+    for products in groups {
+        let block = kernel.block_inputs().min(xs.len());
+        let blocks = xs.len().div_ceil(block);
+        let rows: usize = products.iter().map(|(w, _)| w.rows).sum();
+        let cuts = if block == xs.len() && kernel.block_inputs() == usize::MAX {
+            if team.threads() == 1 { 1 } else { team.threads() * CHUNKS_PER_THREAD }
+        } else {
+            let wanted = (team.threads() * BLOCKS_PER_THREAD).div_ceil(blocks);
+            wanted.min(rows / MIN_ROWS).max(team.threads().div_ceil(blocks))
+        };
+        let first = tasks.len();
+        for xs in xs.chunks(block) {
+            tasks.extend((0..cuts).map(|_| (xs, Vec::with_capacity(N))));
         }
-        return tasks;
-    }
-    let blocks = xs.len().div_ceil(block);
-    let rows: usize = products.iter().map(|(w, _)| w.rows).sum();
-    let wanted = (team.threads() * BLOCKS_PER_THREAD).div_ceil(blocks).min(rows / MIN_ROWS);
-    let cuts = wanted.max(team.threads().div_ceil(blocks));
-    for xs in xs.chunks(block) {
-        tasks.extend((0..cuts).map(|_| (xs, Vec::with_capacity(N))));
-    }
-    for (w, y) in products {
-        let step = w.rows.div_ceil(w.row_group).div_ceil(cuts) * w.row_group;
-        for (y, tasks) in y.chunks_mut(w.rows * block).zip(tasks.chunks_mut(cuts)) {
-            let inputs = y.len() / w.rows;
-            for ((_, parts), start) in tasks.iter_mut().zip((0..w.rows).step_by(step)) {
-                let rows = start..(start + step).min(w.rows);
-                parts.push(Part { w, rows, ys: Vec::with_capacity(inputs) });
-            }
-            for y in y.chunks_exact_mut(w.rows) {
-                for (y, (_, parts)) in y.chunks_mut(step).zip(tasks.iter_mut()) {
-                    parts.last_mut().expect("pushed above").ys.push(y);
+        for (w, y) in products {
+            let step = w.rows.div_ceil(w.row_group).div_ceil(cuts) * w.row_group;
+            let blocks = y.chunks_mut(w.rows * block).zip(tasks[first..].chunks_mut(cuts));
+            for (y, tasks) in blocks {
+                let inputs = y.len() / w.rows;
+                for ((_, parts), start) in tasks.iter_mut().zip((0..w.rows).step_by(step)) {
+                    let rows = start..(start + step).min(w.rows);
+                    parts.push(Part { w, rows, ys: Vec::with_capacity(inputs) });
+                }
+                for y in y.chunks_exact_mut(w.rows) {
+                    for (y, (_, parts)) in y.chunks_mut(step).zip(tasks.iter_mut()) {
+                        parts.last_mut().expect("pushed above").ys.push(y);
+                    }
                 }
             }
         }
     }
+    tasks.retain(|(_, parts)| !parts.is_empty());
     tasks
 }
 
@@ -559,13 +564,21 @@ pub fn multiply_pair(
     then: impl Fn(&mut [f32], &[f32]) + Sync,
 ) {
     assert!(a.rows == b.rows && a.row_group == b.row_group, "different matrices");
-    let [x] = xs else {
-        multiply(team, xs, [(a, &mut *y), (b, &mut *z)]);
-        let width = a.rows;
-        return team.split(y, width, 1, |start, y| then(y, &z[start..start + y.len()]));
-    };
     a.check(xs, y);
     b.check(xs, z);
+    let [x] = xs else {
+        let kernel = a.kernels.for_inputs(xs.len());
+        let mut tasks = tasks(team, kernel, xs, [[(a, y), (b, z)]]);
+        return team.for_each(&mut tasks, |(xs, parts)| {
+            kernel.gemm_parts(parts, xs);
+            let [Part { ys, .. }, Part { ys: zs, .. }] = &mut parts[..] else {
+                unreachable!("two matrices of one shape");
+            };
+            for (y, z) in ys.iter_mut().zip(zs) {
+                then(y, z);
+            }
+        });
+    };
     team.zip((y, z), (1, 1), a.row_group, CHUNKS_PER_THREAD, |start, y, z| {
         a.kernels.decode.gemv(a, start..start + y.len(), x, y);
         b.kernels.decode.gemv(b, start..start + z.len(), x, z);

@@ -46,7 +46,6 @@ impl Scratch {
             (&mut self.angles, d.head_dim),
             (&mut self.h, d.hidden),
             (&mut self.delta, d.hidden),
-            (&mut self.normed, widest),
             (&mut self.q, d.q_width()),
             (&mut self.k, d.kv_width()),
             (&mut self.v, d.kv_width()),
@@ -56,6 +55,7 @@ impl Scratch {
         ] {
             resize(buffer, n, width)?;
         }
+        resize(&mut self.normed, 1, widest)?;
         self.xs.resize_with(n, Prepared::default);
         Ok(())
     }

@@ -42,6 +42,8 @@ pub(super) fn angles(m: &Machine, rope: &Rope, rows: &[Row], head_dim: usize, ou
 }
 
 /// `xs[row] = prepare(rms_norm(x[row]))`: what the next projections take.
+/// `normed` is a buffer for one row; of several, each chunk has its own, which
+/// stays in the cache of the thread that quantizes it.
 pub(super) fn norm_prepare(
     m: &Machine,
     x: &[f32],
@@ -52,11 +54,17 @@ pub(super) fn norm_prepare(
 ) {
     let width = weight.len();
     let kernel = m.kernels.for_inputs(xs.len());
-    let normed = &mut normed[..xs.len() * width];
-    m.team.zip((normed, xs), (width, 1), 1, CHUNKS, |first, normed, xs| {
-        for (i, (normed, out)) in normed.chunks_exact_mut(width).zip(xs).enumerate() {
-            rms_norm(m.isa, &x[(first + i) * width..][..width], weight, eps, normed);
-            kernel.prepare(m.isa, normed, out);
+    let prepare = |row: usize, normed: &mut [f32], out: &mut Prepared| {
+        rms_norm(m.isa, &x[row * width..][..width], weight, eps, normed);
+        kernel.prepare(m.isa, normed, out);
+    };
+    if let [out] = xs {
+        return prepare(0, &mut normed[..width], out);
+    }
+    m.team.split(xs, 1, CHUNKS, |first, xs| {
+        let mut normed = vec![0.0; width];
+        for (i, out) in xs.iter_mut().enumerate() {
+            prepare(first + i, &mut normed, out);
         }
     });
 }
