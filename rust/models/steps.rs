@@ -13,6 +13,7 @@ use super::{Dims, Logits, Machine, Segment};
 use crate::error::Error;
 use crate::kernels::Prepared;
 use crate::ops::attention::{Keys, attend, attend_blocks, block_width, merge_blocks};
+use crate::ops::attention_rows::{QUERIES, attend_rows};
 use crate::ops::dense::DenseMatrix;
 use crate::ops::head::{ScanScratch, top_logits};
 use crate::ops::rms_norm::rms_norm;
@@ -135,11 +136,18 @@ pub(super) fn attention(
         Keys { cache, layer, kv_head: item % dims.n_kv_heads, n_keys: row.position + 1 }
     };
     if rows.len() > 1 {
-        m.team.split(out, group, CHUNKS, |start, out| {
-            let mut parts = Vec::new();
-            for (i, out) in out.chunks_exact_mut(group).enumerate() {
-                let item = start / group + i;
-                attend(m.isa, &q[item * group..][..group], keys(item), &mut parts, out);
+        let mut tasks = tiles(rows, out, dims, group);
+        m.team.for_each(&mut tasks, |(row, kv_head, out)| {
+            let keys = keys(*row * dims.n_kv_heads + *kv_head);
+            let q: Vec<&[f32]> = q[*row * dims.q_width()..]
+                .chunks_exact(dims.q_width())
+                .take(out.len())
+                .map(|q| &q[*kv_head * group..][..group])
+                .collect();
+            if let [out] = &mut out[..] {
+                attend(m.isa, q[0], keys, &mut Vec::new(), out);
+            } else {
+                attend_rows(m.isa, &q, keys, out);
             }
         });
         return Ok(());
@@ -169,6 +177,32 @@ pub(super) fn attention(
         }
     });
     Ok(())
+}
+
+/// Cuts `out` into some consecutive rows of one segment, for each key/value head:
+/// (first row, head, its part of each row).
+fn tiles<'o>(
+    rows: &[Row],
+    out: &'o mut [f32],
+    dims: &Dims,
+    group: usize,
+) -> Vec<(usize, usize, Vec<&'o mut [f32]>)> {
+    let most = (QUERIES * dims.head_dim / group).max(1);
+    let mut tasks = Vec::new();
+    let mut outs = out.chunks_exact_mut(dims.q_width());
+    let mut first = 0;
+    while let Some(row) = rows.get(first) {
+        let n = rows[first..].iter().take(most).take_while(|r| r.segment == row.segment).count();
+        let start = tasks.len();
+        tasks.extend((0..dims.n_kv_heads).map(|kv_head| (first, kv_head, Vec::with_capacity(n))));
+        for out in outs.by_ref().take(n) {
+            for (out, (.., parts)) in out.chunks_exact_mut(group).zip(&mut tasks[start..]) {
+                parts.push(out);
+            }
+        }
+        first += n;
+    }
+    tasks
 }
 
 /// Final norm and head for the rows in `wants`.

@@ -125,7 +125,7 @@ pub fn merge_blocks(isa: Isa, parts: &[f32], head_dim: usize, out: &mut [f32]) {
 /// Adds one head's block to the blocks before it: their maximum, sum of weights
 /// and sums over values.
 #[inline(always)]
-fn merge(first: bool, max: &mut f32, sum: &mut f32, out: &mut [f32], part: &[f32]) {
+pub(super) fn merge(first: bool, max: &mut f32, sum: &mut f32, out: &mut [f32], part: &[f32]) {
     let (block_max, block_sum, values) = (part[0], part[1], &part[2..]);
     if first {
         (*max, *sum) = (block_max, block_sum);
@@ -370,7 +370,7 @@ fn sums_of<const H: usize, const S: usize, const N: usize, E: KvElement, L: Lane
 
 /// Turns the scores of a block into weights; their maximum and sum.
 #[inline(always)]
-fn weights(p: &mut [[f32; LANES]; KEY_BLOCK / LANES], n: usize) -> (f32, f32) {
+pub(super) fn weights(p: &mut [[f32; LANES]; KEY_BLOCK / LANES], n: usize) -> (f32, f32) {
     let p = &mut p[..n.div_ceil(LANES)];
     // Leftovers weigh nothing: e to the minus infinity is 0.
     p.as_flattened_mut()[n..].fill(f32::NEG_INFINITY);

@@ -7,6 +7,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod attention_rows;
 pub mod dense;
 pub mod exp;
 pub mod head;
