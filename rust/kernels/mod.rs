@@ -224,8 +224,7 @@ impl Prepared {
         let (sum, divisor) = isa.vectorize(
             #[inline(always)]
             || {
-                // Loops over arrays of sixteen compile to vector code; over slices of any
-                // length, or with a conversion that checks, they do not.
+                // In arrays of sixteen, since a maximum over a slice stays scalar.
                 let (chunks, tail) = x.as_chunks::<16>();
                 let mut lanes = [1e-5f32; 16];
                 for chunk in chunks {
@@ -237,18 +236,13 @@ impl Prepared {
                 let all = lanes.iter().copied().chain(tail.iter().map(|v| v.abs()));
                 let a = all.fold(1e-5f32, |a, v| if v > a { v } else { a });
                 let s = 1.0 / a * 127.0;
-                let mut sums = [0i32; 16];
-                for (q, v) in values.as_chunks_mut::<16>().0.iter_mut().zip(chunks) {
-                    for i in 0..16 {
-                        q[i] = round_to_i8(v[i] * s);
-                        sums[i] += i32::from(q[i]);
-                    }
-                }
-                let mut sum = sums.iter().sum::<i32>();
-                let at = x.len() - tail.len();
-                for (q, v) in values[at..].iter_mut().zip(tail) {
-                    *q = round_to_i8(v * s);
-                    sum += i32::from(*q);
+                let mut sum = 0;
+                // Flat: of chunks of sixteen, the compiler would take several at once, one
+                // lane of each.
+                for (q, v) in values.iter_mut().zip(x) {
+                    let rounded = round_to_i8(v * s);
+                    *q = rounded as i8;
+                    sum += rounded;
                 }
                 (sum, s)
             },
@@ -308,8 +302,8 @@ impl Prepared {
 /// `clamp(round_half_even(x), -128, 127)`; 0 if `x` is not a number. Adding
 /// 1.5 * 2^23 rounds, and leaves the integer in the low bits.
 #[inline(always)]
-fn round_to_i8(x: f32) -> i8 {
-    (x.clamp(-128.0, 127.0) + 12_582_912.0).to_bits() as i8
+fn round_to_i8(x: f32) -> i32 {
+    i32::from((x.clamp(-128.0, 127.0) + 12_582_912.0).to_bits() as i8)
 }
 
 /// Fills memory with bytes that stand for random trits in every layout: four
