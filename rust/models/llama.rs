@@ -6,7 +6,7 @@
 
 use super::batch::{self, Segment, Wanted};
 use super::scratch::{Scratch, Scratches};
-use super::steps::{self, angles, attention, embed, norm_prepare, place, prepare, zip_rows};
+use super::steps::{self, angles, attention, embed, norm_prepare, place, prepare, turn, zip_rows};
 use super::weights::{Embeddings, ternary, vector};
 use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
 use crate::error::Error;
@@ -108,17 +108,35 @@ impl Llama {
         angles(m, &self.rope, &s.rows, d.head_dim, &mut s.angles);
         embed(&self.embeddings.tokens, batch, &mut s.h);
         m.team.lap("embedding");
+        let mut wants = batch::wants(batch, wanted);
         for (index, layer) in self.layers.iter().enumerate() {
             norm_prepare(m, &s.h, &layer.input_layernorm, eps, &mut s.normed, &mut s.xs);
             m.team.lap("norm, quantize");
-            let products = [
-                (&layer.q_proj, &mut s.q[..]),
-                (&layer.k_proj, &mut s.k),
-                (&layer.v_proj, &mut s.v),
-            ];
-            multiply(&m.team, &s.xs, products);
-            m.team.lap("q, k, v");
-            place(m, d, index, &s.angles, batch, [&mut s.q, &mut s.k, &mut s.v]);
+            if index + 1 == self.layers.len() && wants.len() < s.rows.len() {
+                // What the last layer computes is looked at where logits are wanted, but
+                // for keys and values.
+                let products = [(&layer.k_proj, &mut s.k[..]), (&layer.v_proj, &mut s.v)];
+                multiply(&m.team, &s.xs, products);
+                m.team.lap("q, k, v");
+                place(m, d, index, &s.angles, batch, [&mut [], &mut s.k, &mut s.v]);
+                m.team.lap("rotate, cache");
+                s.keep(m, d, &mut wants);
+                if wants.is_empty() {
+                    break;
+                }
+                multiply(&m.team, &s.xs, [(&layer.q_proj, &mut s.q)]);
+                m.team.lap("q, k, v");
+                turn(m, d, &s.angles, &mut s.q);
+            } else {
+                let products = [
+                    (&layer.q_proj, &mut s.q[..]),
+                    (&layer.k_proj, &mut s.k),
+                    (&layer.v_proj, &mut s.v),
+                ];
+                multiply(&m.team, &s.xs, products);
+                m.team.lap("q, k, v");
+                place(m, d, index, &s.angles, batch, [&mut s.q, &mut s.k, &mut s.v]);
+            }
             m.team.lap("rotate, cache");
             attention(m, d, index, &s.rows, batch, &s.q, &mut s.parts, &mut s.attended)?;
             m.team.lap("attention");
@@ -141,7 +159,6 @@ impl Llama {
             m.team.lap("down");
             zip_rows(m, &mut s.h, &s.delta, d.hidden, |h, delta| add(m.isa, h, delta));
         }
-        let wants = batch::wants(batch, wanted);
         let Scratch { h, normed, scan, .. } = s;
         let logits = steps::logits(m, h, &wants, &self.norm, eps, &self.embeddings, normed, scan)?;
         batch::commit(batch);

@@ -3,8 +3,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::Dims;
-use super::batch::Row;
+use super::batch::{Row, Want};
+use super::{Dims, Machine};
 use crate::error::Error;
 use crate::kernels::Prepared;
 use crate::ops::head::ScanScratch;
@@ -31,6 +31,10 @@ pub(super) struct Scratch {
     pub(super) gate: Vec<f32>,
     pub(super) up: Vec<f32>,
     pub(super) xs: Vec<Prepared>,
+    /// Of `xs`, those that the last layer had no use for.
+    spare: Vec<Prepared>,
+    /// Rows that there is room for.
+    fitted: usize,
     pub(super) scan: ScanScratch,
 }
 
@@ -42,7 +46,43 @@ impl Scratch {
     pub(super) fn fit(&mut self, d: &Dims) -> Result<(), Error> {
         let n = self.rows.len();
         let widest = d.hidden.max(d.q_width()).max(d.intermediate);
-        for (buffer, width) in [
+        for (buffer, width) in self.buffers(d) {
+            resize(buffer, n, width)?;
+        }
+        resize(&mut self.normed, 1, widest)?;
+        self.xs.append(&mut self.spare);
+        self.xs.resize_with(n, Prepared::default);
+        self.fitted = n;
+        Ok(())
+    }
+}
+
+impl Scratch {
+    /// Keeps the rows that are wanted, in order: what the next steps compute is theirs
+    /// alone. `wants` has their new places afterwards.
+    pub(super) fn keep(&mut self, m: &Machine, d: &Dims, wants: &mut [(usize, Want)]) {
+        for (to, (from, _)) in wants.iter_mut().enumerate() {
+            for (buffer, width) in [(&mut self.h, d.hidden), (&mut self.angles, d.head_dim)] {
+                buffer.copy_within(*from * width..(*from + 1) * width, to * width);
+            }
+            self.rows.swap(to, *from);
+            self.xs.swap(to, *from);
+            *from = to;
+        }
+        let n = wants.len();
+        self.rows.truncate(n);
+        self.spare.extend(self.xs.drain(n..));
+        for (buffer, width) in self.buffers(d) {
+            buffer.truncate(n * width);
+        }
+        // Fewer inputs may be another kernel's.
+        let kernel = m.kernels.for_inputs(n);
+        self.xs.iter_mut().for_each(|x| kernel.build_table(x));
+    }
+
+    /// Those that have a row for each token, and their widths.
+    fn buffers(&mut self, d: &Dims) -> [(&mut Vec<f32>, usize); 9] {
+        [
             (&mut self.angles, d.head_dim),
             (&mut self.h, d.hidden),
             (&mut self.delta, d.hidden),
@@ -52,12 +92,7 @@ impl Scratch {
             (&mut self.attended, d.q_width()),
             (&mut self.gate, d.intermediate),
             (&mut self.up, d.intermediate),
-        ] {
-            resize(buffer, n, width)?;
-        }
-        resize(&mut self.normed, 1, widest)?;
-        self.xs.resize_with(n, Prepared::default);
-        Ok(())
+        ]
     }
 }
 
@@ -89,7 +124,7 @@ impl Scratches {
         let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut scratch = lock().pop().unwrap_or_default();
         let result = f(&mut scratch);
-        if scratch.rows.len() <= MAX_KEPT_ROWS {
+        if scratch.fitted <= MAX_KEPT_ROWS {
             lock().push(scratch);
         }
         result

@@ -91,8 +91,22 @@ pub(super) fn zip_rows(
     m.team.split(a, width, 1, |start, a| f(a, &b[start..start + a.len()]));
 }
 
-/// Turns queries and keys to their positions, and writes keys and values of
-/// `layer` to the caches.
+/// Turns rows of queries or of keys to their positions.
+pub(super) fn turn(m: &Machine, dims: &Dims, angles: &[f32], x: &mut [f32]) {
+    let head_dim = dims.head_dim;
+    let Some(width) = x.len().checked_div(angles.len() / head_dim).filter(|width| *width > 0)
+    else {
+        return;
+    };
+    m.team.split(x, width, 1, |start, x| {
+        for (i, x) in x.chunks_exact_mut(width).enumerate() {
+            rotate(m.isa, &angles[(start / width + i) * head_dim..][..head_dim], x);
+        }
+    });
+}
+
+/// Turns queries, if there are any, and keys to their positions, and writes keys
+/// and values of `layer` to the caches.
 pub(super) fn place(
     m: &Machine,
     dims: &Dims,
@@ -101,14 +115,9 @@ pub(super) fn place(
     batch: &mut [Segment<'_>],
     [q, k, v]: [&mut [f32]; 3],
 ) {
-    let (q_width, kv_width, head_dim) = (dims.q_width(), dims.kv_width(), dims.head_dim);
-    for (x, width) in [(&mut *q, q_width), (&mut *k, kv_width)] {
-        m.team.split(x, width, 1, |start, x| {
-            for (i, x) in x.chunks_exact_mut(width).enumerate() {
-                rotate(m.isa, &angles[(start / width + i) * head_dim..][..head_dim], x);
-            }
-        });
-    }
+    turn(m, dims, angles, q);
+    turn(m, dims, angles, k);
+    let kv_width = dims.kv_width();
     let mut at = 0;
     for Segment { tokens, cache } in batch.iter_mut() {
         let part = at * kv_width..(at + tokens.len()) * kv_width;

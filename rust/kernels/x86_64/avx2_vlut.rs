@@ -105,14 +105,7 @@ impl Loops<FIELDS, TABLES> for I2Loops {
     }
 
     #[inline(always)]
-    fn add(
-        self,
-        wide: bool,
-        fresh: bool,
-        tables: &Tables,
-        index: &[u64],
-        sums: &mut [i16],
-    ) {
+    fn add(self, wide: bool, fresh: bool, tables: &Tables, index: &[u64], sums: &mut [i16]) {
         // SAFETY: as above.
         unsafe {
             match (wide, fresh) {
@@ -219,12 +212,10 @@ fn rescale(
         // Four by four in each half of the registers.
         let (a, b) = (_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
         let (c, d) = (_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
-        let low = |x, y| {
-            _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)))
-        };
-        let high = |x, y| {
-            _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)))
-        };
+        let low =
+            |x, y| _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
+        let high =
+            |x, y| _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
         for (t, v) in [low(a, c), high(a, c), low(b, d), high(b, d)].into_iter().enumerate() {
             store_f32(&mut out[8 * half + t], _mm256_castps256_ps128(v));
             store_f32(&mut out[8 * half + 4 + t], _mm256_extractf128_ps::<1>(v));
