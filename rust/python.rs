@@ -227,15 +227,15 @@ struct PyModel(Box<dyn Model>);
 #[pymethods]
 impl PyModel {
     #[new]
-    #[pyo3(signature = (config, weights, *, kernel=None, prefill_kernel=None, threads=None))]
+    #[pyo3(signature = (config, weights, *, kernel=None, batch_kernels=None, threads=None))]
     fn new(
         config: &Bound<'_, PyMapping>,
         weights: &Bound<'_, PyMapping>,
         kernel: Option<&str>,
-        prefill_kernel: Option<&str>,
+        batch_kernels: Option<Vec<String>>,
         threads: Option<usize>,
     ) -> PyResult<Self> {
-        let machine = Machine::new(kernel, prefill_kernel, threads)?;
+        let machine = Machine::new(kernel, batch_kernels.as_deref(), threads)?;
         let config = config_map(config, 0)?;
         let weights = PyWeights { mapping: weights, failure: RefCell::new(None) };
         match models::load(&config, &weights, machine) {
@@ -250,8 +250,8 @@ impl PyModel {
     }
 
     #[getter]
-    fn prefill_kernel(&self) -> &'static str {
-        self.0.machine().kernels.prefill().name()
+    fn batch_kernels(&self) -> Vec<&'static str> {
+        self.0.machine().kernels.all()[1..].iter().map(|k| k.name()).collect()
     }
 
     #[getter]
@@ -487,7 +487,7 @@ fn measure_kernels(
     projections: Vec<(usize, usize, usize)>,
     threads: usize,
     budget_s: f64,
-) -> PyResult<Vec<(&'static str, f64, f64)>> {
+) -> PyResult<Vec<(&'static str, Vec<f64>)>> {
     let budget = Duration::try_from_secs_f64(budget_s)
         .map_err(|_| invalid!("budget_s is {budget_s}; wanted a number of seconds from 0 on"))?;
     let projections: Vec<_> = projections
@@ -497,7 +497,7 @@ fn measure_kernels(
     let speeds = py.detach(|| {
         kernels::measure(&Team::new(Some(threads))?, Isa::best()?, &projections, budget)
     })?;
-    Ok(speeds.into_iter().map(|s| (s.kernel, s.decode_s, s.prefill_s)).collect())
+    Ok(speeds.into_iter().map(|s| (s.kernel, s.seconds.to_vec())).collect())
 }
 
 /// Rows, columns and elements of a contiguous matrix.
@@ -657,14 +657,27 @@ fn _exp<'py>(
     Ok(out.into_pyarray(py))
 }
 
+/// [`kernels::INPUTS`] but the first.
+const fn batch_inputs() -> [usize; kernels::INPUTS.len() - 1] {
+    let [_, rest @ ..] = kernels::INPUTS;
+    rest
+}
+
 #[pymodule]
 mod _core {
+    use super::kernels;
+
     #[pymodule_export]
     #[allow(non_upper_case_globals)] // Python's name for it
     const __version__: &str = env!("CARGO_PKG_VERSION");
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const build_profile: &str = if cfg!(debug_assertions) { "debug" } else { "release" };
+
+    /// Numbers of tokens from which on the batch kernels are used.
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const batch_inputs: [usize; kernels::INPUTS.len() - 1] = super::batch_inputs();
 
     #[pymodule_export]
     use super::{

@@ -255,7 +255,7 @@ def test_bench_runs_the_steps_it_counts(tiny: _core.Model) -> None:
 
     class Counting:
         facts, kernel, threads = tiny.facts, tiny.kernel, tiny.threads
-        prefill_kernel = tiny.prefill_kernel
+        batch_kernels = tiny.batch_kernels
         new_cache = staticmethod(tiny.new_cache)
 
         profile = staticmethod(tiny.profile)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import bitnet_rs as br
 from bitnet_rs import _core
-from bitnet_rs.kernel_choice import KernelSpeed, choose_kernels, select
+from bitnet_rs.kernel_choice import KernelSpeed, choose_kernels, describe, select
 from bitnet_rs.machine import kernel_cache_file
 from bitnet_rs.synthetic import synthetic
 
@@ -25,26 +25,44 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "bitnet-rs" / "kernels.json"
 
 
-def speed(kernel: str, decode: float, prefill: float) -> KernelSpeed:
-    return KernelSpeed(kernel, decode * 1e-3, prefill * 1e-3)
+def speed(kernel: str, decode: float, *batch: float) -> KernelSpeed:
+    """Of all numbers of tokens; the last stands for those that are left."""
+    rest = (batch[-1],) * (len(_core.batch_inputs) - len(batch))
+    return KernelSpeed(kernel, tuple(1e-3 * s for s in (decode, *batch, *rest)))
+
+
+def fastest(*speeds: KernelSpeed) -> tuple[str, str]:
+    """For one token and for many."""
+    kernels = select(speeds)
+    assert len(kernels) == 1 + len(_core.batch_inputs)
+    return kernels[0], kernels[-1]
 
 
 def test_the_faster_wins_by_prompt_and_reply_together() -> None:
     # 512 prompt tokens weigh four times the 128 that are written.
-    assert select([speed("a-i2", 10, 2), speed("a-t5", 9, 3)]) == ("a-i2", "a-i2")
-    assert select([speed("a-i2", 10, 2), speed("a-t5", 5, 3)]) == ("a-t5", "a-t5")
+    assert fastest(speed("a-i2", 10, 2), speed("a-t5", 9, 3)) == ("a-i2", "a-i2")
+    assert fastest(speed("a-i2", 10, 2), speed("a-t5", 5, 3)) == ("a-t5", "a-t5")
 
 
 def test_a_pair_reads_one_layout() -> None:
     speeds = [speed("b-i2", 10, 2), speed("a-i2", 9, 4), speed("a-t5", 8, 3)]
-    assert select(speeds) == ("a-i2", "b-i2")
+    assert fastest(*speeds) == ("a-i2", "b-i2")
     speeds.append(speed("b-t5", 11, 1))
-    assert select(speeds) == ("a-t5", "b-t5")
+    assert fastest(*speeds) == ("a-t5", "b-t5")
+
+
+def test_each_number_of_tokens_has_its_fastest() -> None:
+    dots = speed("a-i2", 10, 5, 5, 5, 5, 5)
+    tables = speed("a-i2-vlut", 10, 5, 6, 4, 3, 2)
+    chosen = select([dots, tables])
+    assert chosen == ("a-i2",) * 3 + ("a-i2-vlut",) * 3
+    assert describe(chosen[0], chosen[1:]) == "a-i2, a-i2-vlut from 12 tokens"
+    assert describe("a-i2", ("a-i2",) * 5) == "a-i2"
 
 
 def test_near_ties_go_to_the_earlier() -> None:
-    assert select([speed("a-i2", 10.2, 2.0), speed("b-i2", 10.0, 2.0)]) == ("a-i2", "a-i2")
-    assert select([speed("a-i2", 10.4, 2.0), speed("b-i2", 10.0, 2.0)]) == ("b-i2", "a-i2")
+    assert fastest(speed("a-i2", 10.2, 2.0), speed("b-i2", 10.0, 2.0)) == ("a-i2", "a-i2")
+    assert fastest(speed("a-i2", 10.6, 2.0), speed("b-i2", 10.0, 2.0)) == ("b-i2", "a-i2")
 
 
 def test_projections_are_those_of_the_model() -> None:
@@ -73,16 +91,16 @@ def test_measuring_refuses_nonsense() -> None:
 def test_auto_measures_and_remembers(cache: Path) -> None:
     first = choose_kernels("auto", TINY, 2)
     assert first.kernel in _core.kernels()
-    assert first.prefill_kernel in _core.kernels()
+    assert set(first.batch_kernels) <= set(_core.kernels())
     assert "measured" in first.reason
     assert "2 threads" in first.reason
-    assert first.speeds[0].kernel in (first.kernel, first.prefill_kernel)
+    assert first.speeds[0].kernel in (first.kernel, *first.batch_kernels)
     assert kernel_cache_file() == cache
     second = choose_kernels("auto", TINY, 2)
     assert "remembered" in second.reason
-    assert (second.kernel, second.prefill_kernel, second.speeds) == (
+    assert (second.kernel, second.batch_kernels, second.speeds) == (
         first.kernel,
-        first.prefill_kernel,
+        first.batch_kernels,
         first.speeds,
     )
     # Another number of threads, other shapes: measured anew, kept beside.
@@ -96,10 +114,11 @@ def test_what_is_remembered_decides(cache: Path) -> None:
     content = json.loads(cache.read_text())
     (entry,) = content["entries"].values()
     scalar = _core.kernels()[-1]
-    entry["speeds"] = [[_core.kernels()[0], 2.0, 2.0], [scalar, 1.0, 1.0]]
+    n = 1 + len(_core.batch_inputs)
+    entry["speeds"] = [[_core.kernels()[0], *[2.0] * n], [scalar, *[1.0] * n]]
     cache.write_text(json.dumps(content))
     choice = choose_kernels("auto", TINY, 1)
-    assert (choice.kernel, choice.prefill_kernel) == (scalar, scalar)
+    assert {choice.kernel, *choice.batch_kernels} == {scalar}
 
 
 def stale(content: dict[str, Any], field: str, value: Any) -> None:
@@ -114,8 +133,8 @@ def stale(content: dict[str, Any], field: str, value: Any) -> None:
         lambda _: b"\xff\xfe not text",
         lambda _: b"[" * 100_000,
         lambda _: b"[1, 2]",
-        lambda _: b'{"format": 1, "entries": [3]}',
-        lambda _: b'{"format": 2, "entries": {}}',
+        lambda _: b'{"format": 2, "entries": [3]}',
+        lambda _: b'{"format": 1, "entries": {}}',
         lambda text: text[: len(text) // 2],
         lambda text: text.replace(_core.__version__.encode(), b"0.0.0"),
         lambda text: text.replace(b'"speeds": [', b'"speeds": [7, '),
@@ -179,7 +198,8 @@ def test_a_name_is_taken_and_nothing_is_measured(
 ) -> None:
     scalar = _core.kernels()[-1]
     choice = choose_kernels(scalar, TINY, 1)
-    assert (choice.kernel, choice.prefill_kernel, choice.speeds) == (scalar, scalar, ())
+    assert {choice.kernel, *choice.batch_kernels} == {scalar}
+    assert choice.speeds == ()
     assert choice.reason == "asked for with kernel"
     monkeypatch.setenv("BITNET_RS_KERNEL", scalar)
     choice = choose_kernels("auto", TINY, 1)
@@ -190,17 +210,22 @@ def test_a_name_is_taken_and_nothing_is_measured(
 
 def test_load_takes_the_choice(cache: Path) -> None:
     with br.load("demo") as model:
-        assert (model.kernel, model.prefill_kernel) == (
-            model.kernel_choice.kernel,
-            model.kernel_choice.prefill_kernel,
-        )
+        assert model.kernel == model.kernel_choice.kernel
+        assert model.batch_kernels == model.kernel_choice.batch_kernels
+        assert model.prefill_kernel == model.batch_kernels[-1]
         assert model.kernel_choice.speeds
     assert cache.exists()
 
 
-def test_two_kernels_of_different_layouts_are_refused() -> None:
-    layouts = {name.partition("-")[2]: name for name in _core.kernels()}
+def test_kernels_of_different_layouts_are_refused() -> None:
+    layouts = {name.split("-")[1]: name for name in _core.kernels()}
     first, *others = layouts.values()
+    n = len(_core.batch_inputs)
     for other in others:
-        with pytest.raises(ValueError, match="layout"):
-            _core.Model(CONFIG, {}, kernel=first, prefill_kernel=other)
+        for at in range(n):
+            batch = [first] * n
+            batch[at] = other
+            with pytest.raises(ValueError, match="layout"):
+                _core.Model(CONFIG, {}, kernel=first, batch_kernels=batch)
+    with pytest.raises(ValueError, match="one for each"):
+        _core.Model(CONFIG, {}, kernel=first, batch_kernels=[first])

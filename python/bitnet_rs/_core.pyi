@@ -21,6 +21,7 @@ __all__ = [
     "_gemv",
     "_kernels_for",
     "_rms_norm",
+    "batch_inputs",
     "build_profile",
     "cpu_features",
     "kernels",
@@ -32,6 +33,9 @@ __all__ = [
 
 __version__: Final[str]
 build_profile: Final[str]
+
+batch_inputs: Final[list[int]]
+"""Numbers of tokens in a step from which on the entries of `batch_kernels` are used."""
 
 def kernels() -> list[str]:
     """Names of the kernels this CPU can run, fastest first; the last is scalar.
@@ -51,12 +55,13 @@ def projections(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
 
 def measure_kernels(
     projections: Sequence[tuple[int, int, int]], threads: int, budget_s: float
-) -> list[tuple[str, float, float]]:
+) -> list[tuple[str, list[float]]]:
     """Runs the kernels on matrices of these shapes, for about `budget_s` seconds.
 
     Returns:
-        (kernel, seconds for a single token, seconds for one token of a batch), in the order of
-        `kernels()`. Kernels that turn out several times slower than the best are left out.
+        (kernel, seconds for one token: alone, then in steps of each of `batch_inputs` tokens), in
+        the order of `kernels()`. Kernels that turn out several times slower than the best are left
+        out.
 
     Raises:
         ValueError: A shape or another argument out of range.
@@ -107,8 +112,8 @@ class Model:
             hidden_size); where they are not writeable (mapped from a file), they are held on to,
             else copied.
         kernel: A name from `kernels()`; the first of them when None.
-        prefill_kernel: The kernel for steps of two tokens and more; `kernel` when None. Both
-            must read the same layout (the part of the name after the dash).
+        batch_kernels: The kernels for steps of each of `batch_inputs` tokens and more; `kernel`
+            when None. All must read the same layout (the second part of the name).
         threads: Threads that compute; all CPUs this process may use when None.
 
     Raises:
@@ -122,13 +127,13 @@ class Model:
         weights: Mapping[str, NDArray[Any]],
         *,
         kernel: str | None = None,
-        prefill_kernel: str | None = None,
+        batch_kernels: Sequence[str] | None = None,
         threads: int | None = None,
     ) -> Self: ...
     @property
     def kernel(self) -> str: ...
     @property
-    def prefill_kernel(self) -> str: ...
+    def batch_kernels(self) -> list[str]: ...
     @property
     def threads(self) -> int: ...
     @property

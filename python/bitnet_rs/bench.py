@@ -86,7 +86,7 @@ class BenchReport:
         repetitions: Measured repetitions; one shorter run before them is not counted.
         threads: Threads that computed.
         kernel: Kernel of the ternary matrices.
-        prefill_kernel: The one for several tokens at a time.
+        batch_kernels: Those for steps of several tokens, see `KernelChoice`.
         kv_dtype: Type of the cached keys and values.
         bytes_per_token: Weights read to decode one token, in bytes.
         kv_bytes_per_token: Keys and values read to decode one token, on average.
@@ -123,7 +123,7 @@ class BenchReport:
     repetitions: int
     threads: int
     kernel: str
-    prefill_kernel: str
+    batch_kernels: list[str]
     kv_dtype: str
     bytes_per_token: int
     kv_bytes_per_token: int
@@ -218,7 +218,7 @@ def run(
         repetitions=repetitions,
         threads=core.threads,
         kernel=core.kernel,
-        prefill_kernel=core.prefill_kernel,
+        batch_kernels=core.batch_kernels,
         kv_dtype=kv_dtype,
         bytes_per_token=bytes_per_token,
         kv_bytes_per_token=kv_bytes_per_token,

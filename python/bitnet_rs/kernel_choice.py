@@ -2,7 +2,7 @@
 
 All kernels compute the same bits, so the choice is about speed alone, and speed depends on the
 machine, on the shapes of the model's matrices and on the number of threads. `auto` measures all
-that on the model's own shapes in a tenth of a second, and remembers what it found in the user's
+that on the model's own shapes in a fifth of a second, and remembers what it found in the user's
 cache folder. Apart from `machine.py`, which knows no model, and from the core, which reads and
 writes no files.
 
@@ -34,13 +34,13 @@ PROMPT_TOKENS: Final = 512
 
 # A kernel further down the core's list must be better by this much: what a second measurement of
 # the same kernel differs by, so that the choice is the same every time where it does not matter.
-_TIE: Final = 0.03
+_TIE: Final = 0.05
 
-# A tenth of a second in all: the last round may take longer than the one before it.
-_BUDGET_S: Final = 0.08
+# Once for each machine, shape and number of threads.
+_BUDGET_S: Final = 0.2
 # Entries of other shapes, thread counts and versions that are kept.
 _MOST_ENTRIES: Final = 64
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 
 _T = TypeVar("_T")
 
@@ -51,13 +51,12 @@ class KernelSpeed:
 
     Attributes:
         kernel: Its name.
-        decode_s: Seconds for a single token.
-        prefill_s: Seconds for one token of a batch.
+        seconds: Seconds for one token: alone, then in steps of each of `_core.batch_inputs`
+            tokens.
     """
 
     kernel: str
-    decode_s: float
-    prefill_s: float
+    seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +64,15 @@ class KernelChoice:
     """The kernels of a model, and why.
 
     Attributes:
-        kernel: For steps of a single token; the only one if it does both.
-        prefill_kernel: For steps of several tokens. Reads the same packed weights.
+        kernel: For steps of a single token; the only one if it does all.
+        batch_kernels: For steps of each of `_core.batch_inputs` tokens and more. They read the
+            same packed weights.
         reason: Why, in words.
         speeds: What was measured, if it was: the choice first, then the others by speed.
     """
 
     kernel: str
-    prefill_kernel: str
+    batch_kernels: tuple[str, ...]
     reason: str
     speeds: tuple[KernelSpeed, ...] = ()
 
@@ -90,7 +90,9 @@ def choose_kernels(kernel: str, config: Mapping[str, Any], threads: int) -> Kern
     """
     name = choose_kernel(kernel)
     if name is not None:
-        return KernelChoice(name, name, f"asked for with {kernel_source(kernel)}")
+        return KernelChoice(
+            name, (name,) * len(_core.batch_inputs), f"asked for with {kernel_source(kernel)}"
+        )
     available = _core.kernels()
     projections = _core.projections(config)
     key = _key(projections, threads)
@@ -98,37 +100,51 @@ def choose_kernels(kernel: str, config: Mapping[str, Any], threads: int) -> Kern
     speeds = _recall(file, key, available)
     how = "remembered"
     if speeds is None:
-        speeds = [KernelSpeed(*s) for s in _core.measure_kernels(projections, threads, _BUDGET_S)]
+        measured = _core.measure_kernels(projections, threads, _BUDGET_S)
+        speeds = [KernelSpeed(name, tuple(seconds)) for name, seconds in measured]
         _remember(file, key, speeds)
         how = "measured"
-    decode, prefill = select(speeds)
-    ordered = sorted(speeds, key=lambda s: (s.kernel not in (decode, prefill), _cost(s, s)))
+    decode, *batch = select(speeds)
+    chosen = {decode, *batch}
+    ordered = sorted(speeds, key=lambda s: (s.kernel not in chosen, _cost(s, s)))
     cap = os.environ.get("BITNET_RS_ISA", "").strip()
     under = f" under BITNET_RS_ISA={cap}" if cap else ""
     threads_text = f"{threads} thread{'s' * (threads != 1)}"
     return KernelChoice(
         decode,
-        prefill,
+        tuple(batch),
         f"the fastest{under} on this model's shapes with {threads_text}, {how}",
         tuple(ordered),
     )
 
 
-def select(speeds: Sequence[KernelSpeed]) -> tuple[str, str]:
-    """The pair of kernels, for decode and prefill, that is fastest.
+def describe(kernel: str, batch_kernels: Sequence[str]) -> str:
+    """The kernels of a model for people: `avx2-i2, avx2-i2-vlut from 12 tokens`."""
+    parts = [kernel]
+    last = kernel
+    for tokens, name in zip(_core.batch_inputs, batch_kernels, strict=True):
+        if name != last:
+            parts.append(f"{name} from {tokens} tokens")
+        last = name
+    return ", ".join(parts)
 
-    Among the pairs that read one layout, the one that reads a prompt of `PROMPT_TOKENS` and
-    writes a reply of `REPLY_TOKENS` first. Near ties go to the kernel that stands earlier.
+
+def select(speeds: Sequence[KernelSpeed]) -> tuple[str, ...]:
+    """The kernels that are fastest: for one token, then for each of `_core.batch_inputs`.
+
+    Of the kernels of one layout the fastest for each; of the layouts the one that so reads a
+    prompt of `PROMPT_TOKENS` and writes a reply of `REPLY_TOKENS` first. Near ties go to the
+    kernel that stands earlier.
     """
     layouts: dict[str, list[KernelSpeed]] = {}
     for speed in speeds:
         layouts.setdefault(_layout(speed.kernel), []).append(speed)
-    pairs = [
-        (_first(group, lambda s: s.decode_s), _first(group, lambda s: s.prefill_s))
+    sets = [
+        [_first(group, lambda s, i=i: s.seconds[i]) for i in range(1 + len(_core.batch_inputs))]
         for group in layouts.values()
     ]
-    decode, prefill = _first(pairs, lambda pair: _cost(*pair))
-    return decode.kernel, prefill.kernel
+    chosen = _first(sets, lambda kernels: _cost(kernels[0], kernels[-1]))
+    return tuple(speed.kernel for speed in chosen)
 
 
 def _first(items: Sequence[_T], cost: Callable[[_T], float]) -> _T:
@@ -138,11 +154,11 @@ def _first(items: Sequence[_T], cost: Callable[[_T], float]) -> _T:
 
 
 def _cost(decode: KernelSpeed, prefill: KernelSpeed) -> float:
-    return REPLY_TOKENS * decode.decode_s + PROMPT_TOKENS * prefill.prefill_s
+    return REPLY_TOKENS * decode.seconds[0] + PROMPT_TOKENS * prefill.seconds[-1]
 
 
 def _layout(kernel: str) -> str:
-    return kernel.partition("-")[2]
+    return kernel.split("-")[1]
 
 
 def _key(projections: Sequence[tuple[int, int, int]], threads: int) -> dict[str, Any]:
@@ -184,11 +200,13 @@ def _recall(
         return None
     speeds = []
     for row in rows:
-        if type(row) is not list or len(row) != 3 or row[0] not in available:
+        if type(row) is not list or len(row) != 2 + len(_core.batch_inputs):
+            return None
+        if row[0] not in available:
             return None
         if not all(type(s) is float and math.isfinite(s) and s > 0 for s in row[1:]):
             return None
-        speeds.append(KernelSpeed(*row))
+        speeds.append(KernelSpeed(row[0], tuple(row[1:])))
     return speeds
 
 
@@ -202,7 +220,7 @@ def _remember(file: Path, key: Mapping[str, Any], speeds: Sequence[KernelSpeed])
     entries.pop(_digest(key), None)
     entries[_digest(key)] = {
         "for": key,
-        "speeds": [[s.kernel, s.decode_s, s.prefill_s] for s in speeds],
+        "speeds": [[s.kernel, *s.seconds] for s in speeds],
     }
     newest = dict(list(entries.items())[-_MOST_ENTRIES:])
     text = json.dumps({"format": _FORMAT, "entries": newest}, indent=1)

@@ -20,7 +20,7 @@ from bitnet_rs.chat import Chat
 from bitnet_rs.checks import check_integer, check_iterable
 from bitnet_rs.completion import Completion, Reply, Stream, run, texts
 from bitnet_rs.engine import PREFILL_TOKENS, Engine, Request, check_ids
-from bitnet_rs.kernel_choice import KernelChoice, choose_kernels
+from bitnet_rs.kernel_choice import KernelChoice, choose_kernels, describe
 from bitnet_rs.loaders import Checkpoint, open_checkpoint
 from bitnet_rs.loaders.progress import show_progress
 from bitnet_rs.machine import choose_kernel, choose_threads
@@ -88,7 +88,7 @@ def load(
             checkpoint.core_config,
             weights,
             kernel=choice.kernel,
-            prefill_kernel=choice.prefill_kernel,
+            batch_kernels=choice.batch_kernels,
             threads=n_threads,
         )
     return Model(
@@ -105,7 +105,8 @@ class Model:
         name: What was loaded, as it was named.
         config: The checkpoint's config.json.
         kernel: Kernel that multiplies the ternary matrices.
-        prefill_kernel: The one for several tokens at a time; mostly the same.
+        batch_kernels: Those for steps of several tokens, see `KernelChoice`.
+        prefill_kernel: The last of them, for many tokens at a time.
         kernel_choice: Why these kernels, and what was measured.
         threads: Threads that compute.
         kv_dtype: Precision of cached keys and values.
@@ -141,7 +142,8 @@ class Model:
         self.lossless_reason: Final = checkpoint.lossless_reason
         self.facts: Final = core.facts
         self.kernel: Final = core.kernel
-        self.prefill_kernel: Final = core.prefill_kernel
+        self.batch_kernels: Final = tuple(core.batch_kernels)
+        self.prefill_kernel: Final = self.batch_kernels[-1]
         self.kernel_choice: Final = choice
         self.threads: Final = core.threads
         self.kv_dtype: Final[KvDtype] = kv_dtype
@@ -192,12 +194,11 @@ class Model:
         facts = self.facts
         lossless = "yes" if self.lossless else "no"
         params, ternary = (_count(int(facts[key])) for key in ("params", "ternary_params"))
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         rows = (
             f"{self.name}: {facts['architecture']}, {params} parameters, {ternary} of them ternary",
             f"  format    {self.format}",
-            f"  kernel    {self.kernel}"
-            + f" ({self.prefill_kernel} for prefill)" * (self.prefill_kernel != self.kernel)
-            + f", {self.threads} thread{'s' * (self.threads > 1)}",
+            f"  kernel    {describe(self.kernel, self.batch_kernels)}, {threads}",
             f"  memory    {int(facts['packed_bytes']) / 1e6:,.1f} MB of weights",
             f"  context   {self.context_length} tokens, keys and values in {self.kv_dtype}",
             f"  lossless  {lossless}: {self.lossless_reason}",

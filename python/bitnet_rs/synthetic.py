@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -77,15 +77,15 @@ class SyntheticModel:
         self,
         *,
         kernel: str | None = None,
-        prefill_kernel: str | None = None,
+        batch_kernels: Sequence[str] | None = None,
         threads: int | None = None,
     ) -> _core.Model:
-        """Packs the weights for a kernel or two; as `_core.Model`."""
+        """Packs the weights for the kernels; as `_core.Model`."""
         return _core.Model(
             self.config,
             self.weights,
             kernel=kernel,
-            prefill_kernel=prefill_kernel,
+            batch_kernels=batch_kernels,
             threads=threads,
         )
 

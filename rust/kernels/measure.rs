@@ -15,7 +15,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Kernel, Kernels, PackedMatrix, Prepared, available};
+use super::{INPUTS, Kernel, Kernels, PackedMatrix, Prepared, available};
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::memory::AlignedBytes;
@@ -38,14 +38,10 @@ pub struct Projection {
 pub struct Speed {
     /// Its name.
     pub kernel: &'static str,
-    /// Seconds that all projections take for a single token.
-    pub decode_s: f64,
-    /// Seconds that they take for one token of a batch of [`BATCH`].
-    pub prefill_s: f64,
+    /// Seconds that all projections take for one of each number of inputs in
+    /// [`INPUTS`].
+    pub seconds: [f64; INPUTS.len()],
 }
-
-/// Tokens of a batch: enough for any tile to be filled.
-pub const BATCH: usize = 32;
 
 /// Bytes that stand for the weights, if the model has that many: more than the
 /// last-level cache of most machines. Taking them from the operating system
@@ -60,13 +56,13 @@ const PROBE_ROWS: usize = 32;
 /// Layouts differ by less than that in bytes a weight.
 const DROP: f64 = 3.0;
 
-/// Rows of each projection, for each thread, that a batch is multiplied by:
-/// arithmetic and not memory decides there, and arithmetic is the same for
-/// every row.
-const BATCH_ROWS: usize = 64;
+/// Rows, for each thread, that several inputs are multiplied by, of the projection
+/// with the most weights: arithmetic and not memory decides there, and arithmetic is
+/// the same for all rows, once they are so many that tables are worth building.
+const BATCH_ROWS: usize = 1024;
 
 /// Rounds at most; a median gains little from more.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 7;
 
 /// Measures the kernels of `isa` in about `budget`. Those not in the result
 /// were dropped; the order is that of [`available`].
@@ -120,8 +116,7 @@ pub fn measure(
             .into_iter()
             .map(|c| Speed {
                 kernel: c.kernel.name(),
-                decode_s: median(c.runs.iter().map(|r| r.0).collect()),
-                prefill_s: median(c.runs.iter().map(|r| r.1).collect()),
+                seconds: std::array::from_fn(|i| median(c.runs.iter().map(|r| r[i]).collect())),
             })
             .collect()
     })
@@ -130,8 +125,8 @@ pub fn measure(
 struct Candidate {
     kernel: &'static dyn Kernel,
     probe_s: f64,
-    /// Seconds a token, alone and in a batch.
-    runs: Vec<(f64, f64)>,
+    /// Seconds a token, for each of [`INPUTS`].
+    runs: Vec<[f64; INPUTS.len()]>,
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -183,43 +178,60 @@ impl<'a> Bench<'a> {
         best
     }
 
-    /// Seconds for one token alone, and for one token of a batch.
-    fn run(&mut self, kernel: &'static dyn Kernel) -> (f64, f64) {
-        let (mut decode_s, mut prefill_s) = (0.0, 0.0);
+    /// Seconds for one token, alone and of each number of inputs.
+    fn run(&mut self, kernel: &'static dyn Kernel) -> [f64; INPUTS.len()] {
+        let mut seconds = [0.0; INPUTS.len()];
         for p in self.projections {
-            let w = self.matrix(kernel, p.cols);
-            let mut x = Prepared::default();
-            kernel.prepare(self.isa, &self.x[..p.cols], &mut x);
-            let xs = vec![x; BATCH];
-            for (inputs, most, total) in [
-                (1, p.rows, &mut decode_s),
-                (BATCH, BATCH_ROWS * self.team.threads(), &mut prefill_s),
-            ] {
-                // As many rows as the buffer holds; from the cursor on if they fit.
-                let rows = p.rows.min(most).min(w.rows);
-                let mut first = self.cursor / w.group_bytes * w.row_group;
-                if first + rows > w.rows {
-                    first = 0;
-                }
-                let mut y = vec![0f32; rows * inputs];
-                let start = Instant::now();
-                let mut tasks =
-                    self.team.columns(&mut y, rows, w.row_group, super::CHUNKS_PER_THREAD);
-                self.team.for_each(&mut tasks, |(range, ys)| {
-                    let rows = first + range.start..first + range.end;
-                    match (&xs[..inputs], &mut ys[..]) {
-                        ([x], [y]) => kernel.gemv(&w, rows, x, y),
-                        (xs, ys) => kernel.gemm(&w, rows, xs, ys),
-                    }
-                });
-                let seconds = start.elapsed().as_secs_f64() / inputs as f64;
-                std::hint::black_box(&y);
-                *total += seconds * p.count as f64 * (p.rows as f64 / rows as f64);
-                self.cursor = (first + rows).div_ceil(w.row_group) * w.group_bytes;
-            }
-            self.buffer = w.bytes;
+            seconds[0] += self.time(kernel, p.cols, p.rows, 1, p.rows * p.count);
         }
-        (decode_s, prefill_s)
+        let weights = |p: &Projection| p.rows.saturating_mul(p.cols).saturating_mul(p.count);
+        let Some(most) = self.projections.iter().max_by_key(|p| weights(p)) else { return seconds };
+        let all: f64 = self.projections.iter().map(|p| weights(p) as f64).sum();
+        for (seconds, inputs) in seconds.iter_mut().zip(INPUTS).skip(1) {
+            let rows = most.rows.min(BATCH_ROWS * self.team.threads());
+            let share = all / weights(most) as f64;
+            *seconds = share * self.time(kernel, most.cols, rows, inputs, most.rows * most.count);
+        }
+        seconds
+    }
+
+    /// Seconds for one of `inputs` inputs and `total` rows, found from `rows` of them,
+    /// or as many as there is room for.
+    fn time(
+        &mut self,
+        kernel: &'static dyn Kernel,
+        cols: usize,
+        rows: usize,
+        inputs: usize,
+        total: usize,
+    ) -> f64 {
+        let mut w = self.matrix(kernel, cols);
+        let mut x = Prepared::default();
+        kernel.prepare(self.isa, &self.x[..cols], &mut x);
+        let xs = vec![x; inputs];
+        let rows = rows.min(w.rows);
+        let mut y = vec![0f32; rows * inputs];
+        let seconds = if inputs == 1 {
+            // From the cursor on if they fit.
+            let mut first = self.cursor / w.group_bytes * w.row_group;
+            if first + rows > w.rows {
+                first = 0;
+            }
+            self.cursor = (first + rows).div_ceil(w.row_group) * w.group_bytes;
+            let start = Instant::now();
+            self.team.split(&mut y, w.row_group, super::CHUNKS_PER_THREAD, |start, y| {
+                kernel.gemv(&w, first + start..first + start + y.len(), &xs[0], y);
+            });
+            start.elapsed().as_secs_f64()
+        } else {
+            w.rows = rows;
+            let start = Instant::now();
+            super::multiply(self.team, &xs, [(&w, &mut y)]);
+            start.elapsed().as_secs_f64()
+        };
+        std::hint::black_box(&y);
+        self.buffer = w.bytes;
+        seconds / inputs as f64 * (total as f64 / rows as f64)
     }
 
     /// The buffer as a matrix of as many rows as there is room for; to be given
@@ -256,8 +268,7 @@ mod tests {
         let names: Vec<_> = available(isa).iter().map(|k| k.name()).collect();
         for speed in &speeds {
             assert!(names.contains(&speed.kernel));
-            assert!(speed.decode_s > 0.0 && speed.decode_s.is_finite());
-            assert!(speed.prefill_s > 0.0 && speed.prefill_s.is_finite());
+            assert!(speed.seconds.iter().all(|s| *s > 0.0 && s.is_finite()));
         }
     }
 

@@ -32,7 +32,7 @@ mod vlut;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-pub use measure::{BATCH, Projection, Speed, measure};
+pub use measure::{Projection, Speed, measure};
 
 /// A way to store a matrix.
 ///
@@ -131,60 +131,65 @@ pub struct Part<'a> {
     pub ys: Vec<&'a mut [f32]>,
 }
 
-/// The kernels of a matrix: one multiplies single inputs (decode), one several
-/// (prefill). They read the same bytes.
+/// Numbers of inputs from which on a step may take another kernel: decoding, a few
+/// sequences, batches, and prefill. [`measure`] measures with so many.
+pub const INPUTS: [usize; 6] = [1, 2, 8, 12, 16, 32];
+
+/// The kernels of a matrix, for steps of one input (decode), of several, and of
+/// many (prefill). They read the same bytes.
 #[derive(Clone, Copy)]
-pub struct Kernels {
-    decode: &'static dyn Kernel,
-    prefill: &'static dyn Kernel,
-}
+pub struct Kernels([&'static dyn Kernel; INPUTS.len()]);
 
 impl Kernels {
-    /// One kernel for both.
+    /// One kernel for all.
     #[must_use]
     pub fn of(kernel: &'static dyn Kernel) -> Self {
-        Self { decode: kernel, prefill: kernel }
+        Self([kernel; INPUTS.len()])
     }
 
-    /// Two kernels.
+    /// A kernel for each of [`INPUTS`].
     ///
     /// # Errors
-    /// They have different layouts: a model would need two copies of its weights.
-    pub fn pair(decode: &'static dyn Kernel, prefill: &'static dyn Kernel) -> Result<Self, Error> {
-        let (a, b) = (decode.layout().name(), prefill.layout().name());
-        if a != b {
+    /// Some have different layouts: a model would need two copies of its weights.
+    pub fn new(kernels: [&'static dyn Kernel; INPUTS.len()]) -> Result<Self, Error> {
+        let layout = |kernel: &dyn Kernel| kernel.layout().name();
+        let first = kernels[0];
+        if let Some(other) = kernels.iter().find(|k| layout(**k) != layout(first)) {
             return Err(invalid!(
-                "kernel {:?} reads the layout {a}, prefill kernel {:?} the layout {b}; wanted two \
-                 kernels of one layout",
-                decode.name(),
-                prefill.name()
+                "kernel {:?} reads the layout {}, kernel {:?} the layout {}; wanted kernels of one \
+                 layout",
+                first.name(),
+                layout(first),
+                other.name(),
+                layout(*other)
             ));
         }
-        Ok(Self { decode, prefill })
+        Ok(Self(kernels))
     }
 
     /// The kernel for single inputs.
     #[must_use]
     pub fn decode(&self) -> &'static dyn Kernel {
-        self.decode
+        self.0[0]
     }
 
-    /// The kernel for two inputs and more.
+    /// The kernels for each of [`INPUTS`].
     #[must_use]
-    pub fn prefill(&self) -> &'static dyn Kernel {
-        self.prefill
+    pub fn all(&self) -> [&'static dyn Kernel; INPUTS.len()] {
+        self.0
     }
 
-    /// The layout of both.
+    /// The layout of all.
     #[must_use]
     pub fn layout(&self) -> &'static dyn Layout {
-        self.decode.layout()
+        self.decode().layout()
     }
 
     /// The kernel for a step of `inputs` inputs.
     #[must_use]
     pub fn for_inputs(&self, inputs: usize) -> &'static dyn Kernel {
-        if inputs == 1 { self.decode } else { self.prefill }
+        let class = INPUTS.iter().rposition(|&from| from <= inputs).unwrap_or(0);
+        self.0[class]
     }
 }
 
@@ -480,7 +485,7 @@ pub fn multiply<const N: usize>(
         let ys = products.map(|(_, y)| y);
         team.split_all(ys, granule, CHUNKS_PER_THREAD, |which, start, y| {
             let w = ws[which];
-            w.kernels.decode.gemv(w, start..start + y.len(), x, y);
+            w.kernels.decode().gemv(w, start..start + y.len(), x, y);
         });
         return;
     }
@@ -574,8 +579,8 @@ pub fn multiply_pair(
         });
     };
     team.zip((y, z), (1, 1), a.row_group, CHUNKS_PER_THREAD, |start, y, z| {
-        a.kernels.decode.gemv(a, start..start + y.len(), x, y);
-        b.kernels.decode.gemv(b, start..start + z.len(), x, z);
+        a.kernels.decode().gemv(a, start..start + y.len(), x, y);
+        b.kernels.decode().gemv(b, start..start + z.len(), x, z);
         then(y, z);
     });
 }

@@ -11,7 +11,7 @@ mod weights;
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
-use crate::kernels::{self, Kernels, PackedMatrix};
+use crate::kernels::{self, INPUTS, Kernels, PackedMatrix};
 use crate::kv_cache::{KvShape, ModelId};
 use crate::threads::Team;
 
@@ -100,24 +100,34 @@ pub struct Machine {
 impl Machine {
     /// Takes kernels by name and a number of threads (one for each CPU if
     /// `None`). Without a name it is the first of [`kernels::available`];
-    /// without a `prefill` kernel, `kernel` does both. A kernel of a lower
-    /// instruction set does not lower that of the float half: the bits are the
-    /// same.
+    /// without `batch` kernels, for each of [`INPUTS`] but the first, `kernel` does
+    /// all. A kernel of a lower instruction set does not lower that of the float
+    /// half: the bits are the same.
     ///
     /// # Errors
-    /// An unknown kernel, two that read different layouts, a wrong
-    /// `BITNET_RS_ISA`, no threads.
+    /// An unknown kernel, some that read different layouts or are not as many as
+    /// wanted, a wrong `BITNET_RS_ISA`, no threads.
     pub fn new(
         kernel: Option<&str>,
-        prefill: Option<&str>,
+        batch: Option<&[String]>,
         threads: Option<usize>,
     ) -> Result<Self, Error> {
         let isa = Isa::best()?;
         let decode = kernels::by_name(isa, kernel)?;
-        let kernels = match prefill {
-            None => Kernels::of(decode),
-            Some(name) => Kernels::pair(decode, kernels::by_name(isa, Some(name))?)?,
-        };
+        let mut all = [decode; INPUTS.len()];
+        if let Some(batch) = batch {
+            if batch.len() + 1 != all.len() {
+                return Err(invalid!(
+                    "{} batch kernels; wanted one for each of {:?} tokens",
+                    batch.len(),
+                    &INPUTS[1..]
+                ));
+            }
+            for (kernel, name) in all[1..].iter_mut().zip(batch) {
+                *kernel = kernels::by_name(isa, Some(name))?;
+            }
+        }
+        let kernels = Kernels::new(all)?;
         Ok(Self { id: ModelId::next(), isa, kernels, team: Team::new(threads)? })
     }
 

@@ -68,7 +68,7 @@ def bench(
             n_threads = choose_threads(threads)
             choice = choose_kernels(kernel, random.config, n_threads)
             core = random.build(
-                kernel=choice.kernel, prefill_kernel=choice.prefill_kernel, threads=n_threads
+                kernel=choice.kernel, batch_kernels=choice.batch_kernels, threads=n_threads
             )
         report = bencher.run(
             core,
@@ -87,13 +87,10 @@ def bench(
             _print_profile(report)
 
 
-def _kernels(report: "BenchReport") -> str:
-    if report.prefill_kernel == report.kernel:
-        return report.kernel
-    return f"{report.kernel} ({report.prefill_kernel} for prefill)"
-
-
 def _print(report: "BenchReport") -> None:
+    from bitnet_rs.kernel_choice import describe
+
+    kernels = describe(report.kernel, report.batch_kernels)
     peak = report.peak_rss_bytes
     memory = ": not compared, as there was no memory left to measure its speed in"
     if report.memory_read_gb_per_s is not None and report.read_percent is not None:
@@ -105,7 +102,7 @@ def _print(report: "BenchReport") -> None:
         {
             "model": f"{report.model}, {report.params / 1e6:,.1f} M parameters, "
             f"{report.packed_bytes / 1e6:,.1f} MB in memory",
-            "machine": f"{report.cpu}; {_kernels(report)}, {report.threads} threads, "
+            "machine": f"{report.cpu}; {kernels}, {report.threads} threads, "
             f"bitnet-rs {report.version} ({report.build_profile} build)",
             "prefill": f"{report.prefill_tokens_per_s:,.1f} tokens/s  "
             f"({report.prompt_tokens} tokens)",

@@ -29,6 +29,7 @@ def info(
 ) -> None:
     """Show CPU features, kernels and versions, and facts about a model."""
     import bitnet_rs
+    from bitnet_rs import _core
 
     machine = bitnet_rs.info()
     loaded = bitnet_rs.load(
@@ -37,7 +38,7 @@ def info(
     if json:
         report = _machine(machine) | {
             "kernel": loaded.kernel,
-            "prefill_kernel": loaded.prefill_kernel,
+            "batch_kernels": dict(zip(_core.batch_inputs, loaded.batch_kernels, strict=True)),
             "kernel_reason": loaded.kernel_choice.reason,
             "kernel_speeds": [asdict(speed) for speed in loaded.kernel_choice.speeds],
             "threads": loaded.threads,
@@ -62,20 +63,21 @@ def info(
 
 
 def _in_use(model: "Model") -> str:
-    both = model.kernel
-    if model.prefill_kernel != model.kernel:
-        both += f", and {model.prefill_kernel} for prefill"
-    return f"{both}: {model.kernel_choice.reason}"
+    from bitnet_rs.kernel_choice import describe
+
+    return f"{describe(model.kernel, model.batch_kernels)}: {model.kernel_choice.reason}"
 
 
 def _print_speeds(choice: "KernelChoice") -> None:
     """What was measured: the time that a token's ternary matrices take."""
-    for n, speed in enumerate(choice.speeds):
-        print(
-            f"{'' if n else 'measured':<12}{speed.kernel:<16} "
-            f"decode {1e3 * speed.decode_s:9.3f} ms/token   "
-            f"prefill {1e3 * speed.prefill_s:9.3f} ms/token"
-        )
+    from bitnet_rs import _core
+
+    if not choice.speeds:
+        return
+    sizes = "".join(f"{n:>9}" for n in (1, *_core.batch_inputs))
+    print(f"{'measured':<12}{'ms a token, in steps of':<24}{sizes} tokens")
+    for speed in choice.speeds:
+        print(f"{'':<12}{speed.kernel:<24}" + "".join(f"{1e3 * s:9.3f}" for s in speed.seconds))
 
 
 def _machine(machine: "Info") -> dict[str, Any]:
