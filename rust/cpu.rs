@@ -354,6 +354,13 @@ impl AvxVnni {
 }
 
 #[cfg(target_arch = "x86_64")]
+impl Avx512 {
+    pub(crate) fn avx2(self) -> Avx2 {
+        Avx2(())
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
 impl Avx512Vbmi {
     pub(crate) fn avx512(self) -> Avx512 {
         Avx512(())

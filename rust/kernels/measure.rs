@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use super::{INPUTS, Kernel, Kernels, PackedMatrix, Prepared, available};
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
+use crate::levels::Levels;
 use crate::memory::AlignedBytes;
 use crate::ternary::MAX_COLS;
 use crate::threads::Team;
@@ -122,6 +123,19 @@ pub fn measure(
     })
 }
 
+/// Fills memory with bytes that every layout can read: four codes of two bits that
+/// are not 3, at random. For the tables of i2 they are weights; those of t5 meet a
+/// third of the bytes that weights would have, and look a little better than they are.
+fn randomize(bytes: &mut AlignedBytes, team: &Team) {
+    const PAGE: usize = 4096;
+    let trits = super::random_weights(4 * PAGE, Levels::TERNARY);
+    let code = |byte: u8, &t: &i8| byte << 2 | (t + 1) as u8;
+    let page: Vec<u8> = trits.as_chunks::<4>().0.iter().map(|q| q.iter().fold(0, code)).collect();
+    team.split(bytes.as_mut_slice(), PAGE, super::CHUNKS_PER_THREAD, |_, part| {
+        part.chunks_mut(PAGE).for_each(|to| to.copy_from_slice(&page[..to.len()]));
+    });
+}
+
 struct Candidate {
     kernel: &'static dyn Kernel,
     probe_s: f64,
@@ -154,7 +168,7 @@ impl<'a> Bench<'a> {
         // very narrow matrices.
         let n_bytes = (weights / 4).min(BUFFER_BYTES).max(PROBE_ROWS * (widest + 1024));
         let mut buffer = AlignedBytes::zeroed(n_bytes);
-        super::randomize(&mut buffer, team);
+        randomize(&mut buffer, team);
         let x = (0..widest).map(|i| (i * 37 % 255) as f32 - 127.0).collect();
         Self { team, isa, projections, buffer, cursor: 0, x }
     }

@@ -311,25 +311,16 @@ fn round_to_i8(x: f32) -> i32 {
     i32::from((x.clamp(-128.0, 127.0) + 12_582_912.0).to_bits() as i8)
 }
 
-/// Fills memory with bytes that stand for random trits in every layout: four
-/// codes of two bits that are not 3. Tables are only as slow as they are with
-/// weights if the bytes are as many; and a page that never was written is the
-/// same page of zeros as all others, and reading it is reading a cache.
-fn randomize(bytes: &mut AlignedBytes, team: &Team) {
-    const PAGE: usize = 4096;
+/// Random weights, from a linear congruential generator, whose high bits are the
+/// random ones.
+fn random_weights(n: usize, levels: Levels) -> Vec<i8> {
+    let values = levels.values();
     let mut state = 1u32;
-    let page: Vec<u8> = (0..PAGE)
-        .map(|_| {
-            (0..4).fold(0, |byte, _| {
-                // A linear congruential generator; its high bits are the random ones.
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                byte << 2 | ((state >> 24) % 3) as u8
-            })
-        })
-        .collect();
-    team.split(bytes.as_mut_slice(), PAGE, CHUNKS_PER_THREAD, |_, part| {
-        part.chunks_mut(PAGE).for_each(|to| to.copy_from_slice(&page[..to.len()]));
-    });
+    let next = |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        values[(state >> 24) as usize % values.len()]
+    };
+    (0..n).map(next).collect()
 }
 
 /// A matrix in one layout, and the kernels that read it: the two cannot be
@@ -402,12 +393,18 @@ impl PackedMatrix {
         Self { kernels, rows, cols, scale, row_group, group_bytes, bytes }
     }
 
-    /// A matrix of no particular weights, to measure with: they are random, and
-    /// can be read by every layout. Call it inside [`Team::run`].
+    /// A matrix of no particular weights, to measure with: all row groups have the
+    /// same random ones. (Zeros would not do: tables are only as slow as they are if
+    /// the bytes are as many, and a page that never was written is the same page as
+    /// all others, so that reading it is reading a cache.) Call it inside [`Team::run`].
     #[must_use]
     pub fn arbitrary(kernels: Kernels, rows: usize, cols: usize, team: &Team) -> Self {
         let mut w = Self::zeroed(kernels, rows, cols, 1.0);
-        randomize(&mut w.bytes, team);
+        let (layout, mut group) = (kernels.layout(), vec![0; w.group_bytes]);
+        layout.pack(&random_weights(w.row_group * cols, layout.levels()), cols, &mut group);
+        team.split(w.bytes.as_mut_slice(), w.group_bytes, CHUNKS_PER_THREAD, |_, part| {
+            part.chunks_mut(group.len()).for_each(|to| to.copy_from_slice(&group[..to.len()]));
+        });
         w
     }
 

@@ -38,7 +38,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::generic::blocks::{BLOCK_BYTES, Cut, ROWS};
-use super::{Part, Prepared};
+use super::{Kernel, Part, Prepared};
 use crate::memory::{AlignedBytes, Plain};
 
 /// Lanes of int16 in half a line.
@@ -92,28 +92,30 @@ impl Tables {
     }
 }
 
-/// The inner loops of an instruction set, for a layout of `F` fields a byte and
-/// passes of `T` tables.
-pub(super) trait Loops<const F: usize, const T: usize>: Copy {
+/// What an instruction set does with lines.
+pub(super) trait Lines: Copy {
     /// `out[c][t] = q[t][c]`.
     fn transpose(self, q: [&[i8; LANES]; LANES], out: &mut [[i16; LANES]; LANES]);
 
     /// Asks for the bytes that stand `distance` after these, which need not exist.
     fn prefetch(self, bytes: &[u8], distance: usize);
 
-    /// Puts the bytes of a row group, row after row, in the order of their use:
-    /// those of pass `p`, as many of each row as it takes, are to begin at
-    /// `index[p * stride]`. A row has a multiple of 16 bytes.
-    fn split(self, wide: bool, group: &[u8], index: &mut [u64], stride: usize);
+    /// Puts the bytes of a row group, row after row, in the order of their use: those of
+    /// pass `p`, `taken` of each row, are to begin at `index[p * stride]`. A row has a
+    /// multiple of 16 bytes.
+    fn split(self, taken: usize, group: &[u8], index: &mut [u64], stride: usize);
 
-    /// Fills the line of every byte that packers write: in each lane the sum of
-    /// its trits times the fields' columns.
-    fn build(self, columns: &[Line; F], table: &mut Table);
-
-    /// Adds to the sums of each row (`WIDE` lanes or `LANES`) the lines of its
-    /// bytes, or sets them if `fresh`. Rows come in fours. `index` has their
-    /// bytes one after the other, lowest first, `T` of each or `2 * T`.
-    fn add(self, wide: bool, fresh: bool, tables: &Tables, index: &[u64], sums: &mut [i16]);
+    /// Adds to the sums of each row (`WIDE` lanes or `LANES`) the lines of its bytes in
+    /// `T` tables, or sets them if `fresh`. Rows come in fours. `index` has their bytes one
+    /// after the other, lowest first, `T` of each or `2 * T`.
+    fn add<const T: usize>(
+        self,
+        wide: bool,
+        fresh: bool,
+        tables: &Tables,
+        index: &[u64],
+        sums: &mut [i16],
+    );
 
     /// Adds int16 sums to int32 ones, or sets those if they are `fresh`.
     fn widen(self, fresh: bool, sums: &[i16], wide_sums: &mut [i32]);
@@ -127,6 +129,13 @@ pub(super) trait Loops<const F: usize, const T: usize>: Copy {
         scale: f32,
         out: &mut [[f32; ROWS]; LANES],
     );
+}
+
+/// Tables of the layout whose bytes have `F` fields.
+pub(super) trait Build<const F: usize>: Lines {
+    /// Fills the line of every byte that packers write: in each lane the sum of its
+    /// trits times the fields' columns.
+    fn build(self, columns: &[Line; F], table: &mut Table);
 }
 
 /// Bytes of a row in a pass.
@@ -151,12 +160,34 @@ struct Piece {
     rows: Range<usize>,
 }
 
+/// [`Kernel::gemm_parts`] in blocks of up to `most` inputs: `multiply` is given each,
+/// and where it begins. A last block of `few` inputs or less is left to another kernel.
+pub(super) fn gemm_blocks(
+    other: &dyn Kernel,
+    few: usize,
+    most: usize,
+    parts: &mut [Part<'_>],
+    xs: &[Prepared],
+    multiply: impl Fn(&mut [Part<'_>], &[Prepared], usize),
+) {
+    for (block, xs) in xs.chunks(most).enumerate() {
+        let first = block * most;
+        if xs.len() > few {
+            multiply(parts, xs, first);
+            continue;
+        }
+        for Part { w, rows, ys } in &mut *parts {
+            other.gemm(w, rows.clone(), xs, &mut ys[first..]);
+        }
+    }
+}
+
 /// Multiplies parts of matrices by up to [`WIDE`] inputs, or [`LANES`] if not
-/// `wide`.
+/// `wide`, in passes of `T` tables.
 ///
 /// To be inlined into a function compiled for the instruction set of `l`.
 #[inline(always)]
-pub(super) fn gemm<const F: usize, const T: usize, L: Loops<F, T>>(
+pub(super) fn gemm<const F: usize, const T: usize, L: Build<F>>(
     l: L,
     wide: bool,
     parts: &mut [Part<'_>],
@@ -183,7 +214,7 @@ pub(super) fn gemm<const F: usize, const T: usize, L: Loops<F, T>>(
             n += (end - rows.start).next_multiple_of(ROWS);
             rows.start = end;
             if n == most || part + 1 == parts.len() && rows.is_empty() {
-                multiply_tile(l, wide, parts, &tile, n, xs, first, &mut scratch);
+                multiply_tile::<F, T, L>(l, wide, parts, &tile, n, xs, first, &mut scratch);
                 tile.clear();
                 n = 0;
             }
@@ -194,7 +225,7 @@ pub(super) fn gemm<const F: usize, const T: usize, L: Loops<F, T>>(
 
 /// One tile of `n` rows, those that fill up row groups counted.
 #[inline(always)]
-fn multiply_tile<const F: usize, const T: usize, L: Loops<F, T>>(
+fn multiply_tile<const F: usize, const T: usize, L: Build<F>>(
     l: L,
     wide: bool,
     parts: &mut [Part<'_>],
@@ -234,12 +265,12 @@ fn multiply_tile<const F: usize, const T: usize, L: Loops<F, T>>(
             for group in w.groups(piece.rows.clone()) {
                 let group = &group[block * ROWS * BLOCK_BYTES..][..ROWS * block_bytes];
                 l.prefetch(group, w.group_bytes * AHEAD);
-                l.split(wide, group, &mut index[at..], stride);
+                l.split(bytes, group, &mut index[at..], stride);
                 at += words;
             }
         }
         let start = block * F * BLOCK_BYTES;
-        arrange::<F, T, L>(l, wide, xs, start, block_bytes, columns);
+        arrange::<F, L>(l, wide, xs, start, block_bytes, columns);
         for (pass, columns) in columns.chunks_exact(T * F).take(passes).enumerate() {
             let more = magnitudes(wide, columns);
             if (0..WIDE).any(|i| bound[i] + more[i] > i16::MAX as u32) {
@@ -255,7 +286,7 @@ fn multiply_tile<const F: usize, const T: usize, L: Loops<F, T>>(
                 l.build(columns, table);
             }
             let index = &index[pass * stride..][..n / ROWS * words];
-            l.add(wide, fresh, tables, index, sums);
+            l.add::<T>(wide, fresh, tables, index, sums);
             fresh = false;
         }
     }
@@ -294,7 +325,7 @@ fn multiply_tile<const F: usize, const T: usize, L: Loops<F, T>>(
 /// Activations of the columns of a block of `bytes` bytes from column `start` on,
 /// tokens in lanes: `columns` is `[pass][table][field]`.
 #[inline(always)]
-fn arrange<const F: usize, const T: usize, L: Loops<F, T>>(
+fn arrange<const F: usize, L: Build<F>>(
     l: L,
     wide: bool,
     xs: &[Prepared],

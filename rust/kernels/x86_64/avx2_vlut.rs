@@ -5,21 +5,27 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::generic::blocks::ROWS;
-use super::super::generic::i2::{FIELDS, I2};
-use super::super::vlut::{self, LANES, Line, Loops, Table, Tables, WIDE, pass_bytes};
+use super::super::generic::i2::{FIELDS as I2_FIELDS, I2};
+use super::super::generic::t5::{FIELDS as T5_FIELDS, PAIRS, SIGN, T5, TRIPLES, TRITS};
+use super::super::vlut::{self, Build, LANES, Line, Lines, Table, Tables, WIDE, pass_bytes};
 use super::super::{Kernel, Layout, PackedMatrix, Part, Prepared};
 use super::avx2_i2::Avx2I2;
-use super::prefetch_at as prefetch;
+use super::avx2_t5::Avx2T5;
+use super::prefetch_at;
 use crate::cpu::Avx2;
 
 /// Tables of a pass over i2: four of 81 lines are 21 KB, which share an L1 of 32
 /// KB with the sums and indices that stream through it.
-const TABLES: usize = 4;
+pub(super) const I2_TABLES: usize = 4;
+
+/// Tables of a pass over t5: one of 243 lines is 16 KB.
+const T5_TABLES: usize = 1;
 
 /// Inputs left over from whole blocks that are still worth tables: for fewer,
 /// dot products are as fast.
-const FEW: usize = 8;
+pub(super) const FEW: usize = 8;
 
+/// Vector look-up tables over i2.
 pub(super) struct Avx2I2Vlut(Avx2, Avx2I2);
 
 impl Avx2I2Vlut {
@@ -46,80 +52,110 @@ impl Kernel for Avx2I2Vlut {
     }
 
     fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
-        let loops = I2Loops(self.0);
-        for first in (0..xs.len()).step_by(WIDE) {
-            let xs = &xs[first..xs.len().min(first + WIDE)];
-            if xs.len() <= FEW {
-                for Part { w, rows, ys } in &mut *parts {
-                    self.1.gemm(w, rows.clone(), xs, &mut ys[first..]);
-                }
-                continue;
-            }
+        vlut::gemm_blocks(&self.1, FEW, WIDE, parts, xs, |parts, xs, first| {
             // SAFETY: `self.0` proves that the CPU has AVX2.
-            unsafe { multiply(loops, xs.len() > LANES, parts, xs, first) }
-        }
+            unsafe { multiply_i2(self.0, xs.len() > LANES, parts, xs, first) }
+        });
+    }
+}
+
+/// Vector look-up tables over t5. Narrow only: a wide pass would add one table
+/// for each trip of a row's sums.
+pub(super) struct Avx2T5Vlut(Avx2, Avx2T5);
+
+impl Avx2T5Vlut {
+    pub(super) fn new(proof: Avx2) -> Self {
+        Self(proof, Avx2T5::new(proof))
+    }
+}
+
+impl Kernel for Avx2T5Vlut {
+    fn name(&self) -> &'static str {
+        "avx2-t5-vlut"
+    }
+
+    fn layout(&self) -> &'static dyn Layout {
+        &T5
+    }
+
+    fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
+        self.1.gemv(w, rows, x, y);
+    }
+
+    fn block_inputs(&self) -> usize {
+        WIDE
+    }
+
+    fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
+        vlut::gemm_blocks(&self.1, FEW, LANES, parts, xs, |parts, xs, first| {
+            // SAFETY: `self.0` proves that the CPU has AVX2.
+            unsafe { multiply_t5(self.0, parts, xs, first) }
+        });
     }
 }
 
 #[target_feature(enable = "avx2")]
-fn multiply(l: I2Loops, wide: bool, parts: &mut [Part<'_>], xs: &[Prepared], first: usize) {
+fn multiply_i2(l: Avx2, wide: bool, parts: &mut [Part<'_>], xs: &[Prepared], first: usize) {
     if wide {
-        vlut::gemm(l, true, parts, xs, first);
+        vlut::gemm::<I2_FIELDS, I2_TABLES, _>(l, true, parts, xs, first);
     } else {
-        vlut::gemm(l, false, parts, xs, first);
+        vlut::gemm::<I2_FIELDS, I2_TABLES, _>(l, false, parts, xs, first);
     }
 }
 
-#[derive(Clone, Copy)]
-struct I2Loops(Avx2);
+#[target_feature(enable = "avx2")]
+fn multiply_t5(l: Avx2, parts: &mut [Part<'_>], xs: &[Prepared], first: usize) {
+    vlut::gemm::<T5_FIELDS, T5_TABLES, _>(l, false, parts, xs, first);
+}
 
-impl Loops<FIELDS, TABLES> for I2Loops {
+impl Lines for Avx2 {
     #[inline(always)]
     fn transpose(self, q: [&[i8; LANES]; LANES], out: &mut [[i16; LANES]; LANES]) {
-        let _proof = self.0;
-        // SAFETY: the proof says that the CPU has AVX2.
+        // SAFETY: `self` proves that the CPU has AVX2.
         unsafe { transpose(q, out) }
     }
 
     #[inline(always)]
     fn prefetch(self, bytes: &[u8], distance: usize) {
-        prefetch(bytes, distance);
+        prefetch_at(bytes, distance);
     }
 
     #[inline(always)]
-    fn split(self, wide: bool, group: &[u8], index: &mut [u64], stride: usize) {
-        // SAFETY: as above.
+    fn split(self, taken: usize, group: &[u8], index: &mut [u64], stride: usize) {
+        // SAFETY: as in `transpose`.
         unsafe {
-            if wide {
-                split::<4>(group, index, stride);
-            } else {
-                split::<8>(group, index, stride);
+            match taken {
+                8 => split::<8>(group, index, stride),
+                4 => split::<4>(group, index, stride),
+                2 => split::<2>(group, index, stride),
+                _ => unreachable!("passes of the layouts above"),
             }
         }
     }
 
     #[inline(always)]
-    fn build(self, columns: &[Line; FIELDS], table: &mut Table) {
-        // SAFETY: as above.
-        unsafe { build_i2(columns, table) }
-    }
-
-    #[inline(always)]
-    fn add(self, wide: bool, fresh: bool, tables: &Tables, index: &[u64], sums: &mut [i16]) {
-        // SAFETY: as above.
+    fn add<const T: usize>(
+        self,
+        wide: bool,
+        fresh: bool,
+        tables: &Tables,
+        index: &[u64],
+        sums: &mut [i16],
+    ) {
+        // SAFETY: as in `transpose`.
         unsafe {
             match (wide, fresh) {
-                (true, true) => add::<TABLES, true, true>(tables, index, sums),
-                (true, false) => add::<TABLES, true, false>(tables, index, sums),
-                (false, true) => add::<TABLES, false, true>(tables, index, sums),
-                (false, false) => add::<TABLES, false, false>(tables, index, sums),
+                (true, true) => add::<T, true, true>(tables, index, sums),
+                (true, false) => add::<T, true, false>(tables, index, sums),
+                (false, true) => add::<T, false, true>(tables, index, sums),
+                (false, false) => add::<T, false, false>(tables, index, sums),
             }
         }
     }
 
     #[inline(always)]
     fn widen(self, fresh: bool, sums: &[i16], wide_sums: &mut [i32]) {
-        // SAFETY: as above.
+        // SAFETY: as in `transpose`.
         unsafe {
             if fresh {
                 widen::<true>(sums, wide_sums);
@@ -137,25 +173,52 @@ impl Loops<FIELDS, TABLES> for I2Loops {
         scale: f32,
         out: &mut [[f32; ROWS]; LANES],
     ) {
-        // SAFETY: as above.
+        // SAFETY: as in `transpose`.
         unsafe { rescale(sums, divisors, scale, out) }
     }
 }
 
-/// [`Loops::split`] for passes of `BYTES` bytes, 4 or 8: transpositions of units
+impl Build<I2_FIELDS> for Avx2 {
+    #[inline(always)]
+    fn build(self, columns: &[Line; I2_FIELDS], table: &mut Table) {
+        // SAFETY: `self` proves that the CPU has AVX2.
+        unsafe { build_i2(columns, table) }
+    }
+}
+
+impl Build<T5_FIELDS> for Avx2 {
+    #[inline(always)]
+    fn build(self, columns: &[Line; T5_FIELDS], table: &mut Table) {
+        // SAFETY: `self` proves that the CPU has AVX2.
+        unsafe { build_t5(columns, table) }
+    }
+}
+
+/// [`Lines::split`] for passes of `BYTES` bytes, 2, 4 or 8: transpositions of units
 /// of so many.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn split<const BYTES: usize>(group: &[u8], index: &mut [u64], stride: usize) {
-    const { assert!(BYTES == 4 || BYTES == 8) };
+    const { assert!(BYTES == 2 || BYTES == 4 || BYTES == 8) };
     let n = group.len() / ROWS;
     assert!(n.is_multiple_of(16) && n > 0);
     assert!(stride >= BYTES / 2 && index.len() >= (n / BYTES - 1) * stride + BYTES / 2);
     let group = group.as_ptr();
-    let mut put = |pass: usize, word: usize, v| {
+    let index = index.as_mut_ptr();
+    // Two words from `word` on of a pass.
+    let put = |pass: usize, word: usize, v| {
         // SAFETY: `pass < n / BYTES` and `word + 2 <= BYTES / 2`, for which `index` was
         // found to have room; no alignment is needed.
-        unsafe { _mm_storeu_si128(index.as_mut_ptr().add(pass * stride + word).cast(), v) }
+        unsafe { _mm_storeu_si128(index.add(pass * stride + word).cast(), v) }
+    };
+    // The only word of two passes.
+    let put_two = |pass: usize, v| {
+        // SAFETY: `pass + 1 < n / BYTES`, and as above.
+        unsafe {
+            _mm_storel_epi64(index.add(pass * stride).cast(), v);
+            let high = _mm_unpackhi_epi64(v, v);
+            _mm_storel_epi64(index.add((pass + 1) * stride).cast(), high);
+        }
     };
     for at in (0..n).step_by(16) {
         let mut v = [_mm_setzero_si128(); ROWS];
@@ -171,6 +234,13 @@ fn split<const BYTES: usize>(group: &[u8], index: &mut [u64], stride: usize) {
                 put(pass, 2 * half, _mm_unpacklo_epi64(a, b));
                 put(pass + 1, 2 * half, _mm_unpackhi_epi64(a, b));
             }
+        } else if BYTES == 2 {
+            let (a, b) = (_mm_unpacklo_epi16(v[0], v[1]), _mm_unpackhi_epi16(v[0], v[1]));
+            let (c, d) = (_mm_unpacklo_epi16(v[2], v[3]), _mm_unpackhi_epi16(v[2], v[3]));
+            put_two(pass, _mm_unpacklo_epi32(a, c));
+            put_two(pass + 2, _mm_unpackhi_epi32(a, c));
+            put_two(pass + 4, _mm_unpacklo_epi32(b, d));
+            put_two(pass + 6, _mm_unpackhi_epi32(b, d));
         } else {
             let (a, b) = (_mm_unpacklo_epi32(v[0], v[1]), _mm_unpackhi_epi32(v[0], v[1]));
             let (c, d) = (_mm_unpacklo_epi32(v[2], v[3]), _mm_unpackhi_epi32(v[2], v[3]));
@@ -182,7 +252,7 @@ fn split<const BYTES: usize>(group: &[u8], index: &mut [u64], stride: usize) {
     }
 }
 
-/// [`Loops::widen`]. A function of its own: the compiler must know that the
+/// [`Lines::widen`]. A function of its own: the compiler must know that the
 /// slices do not overlap.
 #[target_feature(enable = "avx2")]
 #[inline(never)]
@@ -192,7 +262,7 @@ fn widen<const FRESH: bool>(sums: &[i16], wide_sums: &mut [i32]) {
     }
 }
 
-/// [`Loops::rescale`].
+/// [`Lines::rescale`].
 #[target_feature(enable = "avx2")]
 #[inline]
 fn rescale(
@@ -223,7 +293,7 @@ fn rescale(
     }
 }
 
-/// [`Loops::transpose`].
+/// [`Lines::transpose`].
 #[target_feature(enable = "avx2")]
 #[inline]
 fn transpose(q: [&[i8; LANES]; LANES], out: &mut [[i16; LANES]; LANES]) {
@@ -247,10 +317,10 @@ fn transpose(q: [&[i8; LANES]; LANES], out: &mut [[i16; LANES]; LANES]) {
     }
 }
 
-/// [`Loops::build`] for i2, whose bytes hold the codes `t + 1` of four fields.
+/// [`Build::build`] for i2, whose bytes hold the codes `t + 1` of four fields.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn build_i2(columns: &[Line; FIELDS], table: &mut Table) {
+fn build_i2(columns: &[Line; I2_FIELDS], table: &mut Table) {
     for half in 0..2 {
         let [a, b, c, d] = columns.each_ref().map(
             #[inline(always)]
@@ -278,7 +348,54 @@ fn build_i2(columns: &[Line; FIELDS], table: &mut Table) {
     }
 }
 
-/// [`Loops::add`].
+/// [`Build::build`] for t5: 122 patterns, and their opposites.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn build_t5(columns: &[Line; T5_FIELDS], table: &mut Table) {
+    /// Bytes of each pair with the triple (0, 0, 0), of each triple with the pair (0, 0),
+    /// and of both together, as the layout has them.
+    const fn of_pair(h: usize) -> usize {
+        h << 4 | 1
+    }
+    const fn of_triple(t: usize) -> usize {
+        t << 3
+    }
+    const fn of_both(h: usize, t: usize) -> usize {
+        h << 4 | (t + 1 + t / 7)
+    }
+    for half in 0..2 {
+        let zero = _mm256_setzero_si256();
+        let mut q = [zero; T5_FIELDS];
+        for f in 0..T5_FIELDS {
+            q[f] = load(&columns[f].0[half]);
+        }
+        let sum = |byte: usize| {
+            let mut sum = zero;
+            for f in 0..T5_FIELDS {
+                let trit = _mm256_set1_epi16(i16::from(TRITS[byte][f]));
+                sum = _mm256_add_epi16(sum, _mm256_sign_epi16(q[f], trit));
+            }
+            sum
+        };
+        let mut put = |byte: usize, sum| {
+            store(&mut table[byte].0[half], sum);
+            store(&mut table[byte | usize::from(SIGN)].0[half], _mm256_sub_epi16(zero, sum));
+        };
+        let mut pairs = [zero; PAIRS.len()];
+        for (h, pair) in pairs.iter_mut().enumerate() {
+            *pair = sum(of_pair(h));
+        }
+        for t in 0..TRIPLES.len() {
+            let triple = sum(of_triple(t));
+            put(of_triple(t), triple);
+            for (h, pair) in pairs.iter().enumerate() {
+                put(of_both(h, t), _mm256_add_epi16(*pair, triple));
+            }
+        }
+    }
+}
+
+/// [`Lines::add`].
 #[target_feature(enable = "avx2")]
 #[inline]
 fn add<const T: usize, const WIDE: bool, const FRESH: bool>(
@@ -363,4 +480,47 @@ fn load_f32(v: &[f32; 8]) -> __m256 {
 fn store_f32(to: &mut [f32; ROWS], v: __m128) {
     // SAFETY: the array has the 16 bytes that are written; no alignment is needed.
     unsafe { _mm_storeu_ps(to.as_mut_ptr(), v) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::{Isa, Proof};
+
+    /// The line of every byte that a packer writes.
+    #[test]
+    fn tables_have_the_sums_of_the_layouts() {
+        let Some(avx2) = Isa::available().iter().find_map(|isa| match isa.proof() {
+            Proof::Avx2(proof) => Some(proof),
+            _ => None,
+        }) else {
+            return;
+        };
+        let columns: [Line; 5] = std::array::from_fn(|f| {
+            Line(std::array::from_fn(|half| {
+                std::array::from_fn(|i| ((f * 67 + half * 31 + i * 53) % 256) as i16 - 128)
+            }))
+        });
+        let check = |table: &Table, byte: usize, trits: &[i8]| {
+            for half in 0..2 {
+                for i in 0..LANES {
+                    let products =
+                        trits.iter().zip(&columns).map(|(&t, c)| i16::from(t) * c.0[half][i]);
+                    assert_eq!(table[byte].0[half][i], products.sum::<i16>(), "byte {byte:#04x}");
+                }
+            }
+        };
+        let mut table = [Line([[0; LANES]; 2]); 256];
+        avx2.build(&columns, &mut table);
+        for byte in (0..256).filter(|&byte| TRITS[byte] != [0; 5] || byte == 0) {
+            check(&table, byte, &TRITS[byte]);
+        }
+        avx2.build(columns.first_chunk::<4>().unwrap(), &mut table);
+        for byte in 0..256usize {
+            let trits: Vec<i8> = (0..4).map(|f| (byte >> (2 * f) & 3) as i8 - 1).collect();
+            if !trits.contains(&2) {
+                check(&table, byte, &trits);
+            }
+        }
+    }
 }

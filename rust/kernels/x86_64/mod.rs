@@ -8,6 +8,7 @@ mod avx2_tile;
 mod avx2_vlut;
 mod avx512_i2;
 mod avx512_tile;
+mod avx512_vlut;
 mod avx512vbmi_t5;
 mod avxvnni_i2;
 mod avxvnni_t5;
@@ -30,6 +31,7 @@ pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
             kernels.push((isa, Box::new(avx2_i2::Avx2I2::new(proof))));
             kernels.push((isa, Box::new(avx2_vlut::Avx2I2Vlut::new(proof))));
             kernels.push((isa, Box::new(avx2_t5::Avx2T5::new(proof))));
+            kernels.push((isa, Box::new(avx2_vlut::Avx2T5Vlut::new(proof))));
             for (name, layout) in [("avx2-tl2", tl2::layout()), ("avx2-tl1", tl1::layout())] {
                 kernels.push((isa, Box::new(avx2_elut::Avx2Elut::new(proof, name, layout))));
             }
@@ -38,7 +40,10 @@ pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
             kernels.push((isa, Box::new(avxvnni_i2::AvxVnniI2::new(proof))));
             kernels.push((isa, Box::new(avxvnni_t5::AvxVnniT5::new(proof))));
         }
-        Proof::Avx512(proof) => kernels.push((isa, Box::new(avx512_i2::Avx512I2::new(proof)))),
+        Proof::Avx512(proof) => {
+            kernels.push((isa, Box::new(avx512_i2::Avx512I2::new(proof))));
+            kernels.push((isa, Box::new(avx512_vlut::Avx512I2Vlut::new(proof))));
+        }
         Proof::Avx512Vbmi(proof) => {
             kernels.push((isa, Box::new(avx512vbmi_t5::Avx512VbmiT5::new(proof))));
         }
