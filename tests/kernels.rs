@@ -6,6 +6,7 @@ mod common;
 use bitnet_rs::cpu::Isa;
 use bitnet_rs::kernels::{
     Kernel, Kernels, PackedMatrix, Prepared, available, available_for, by_name, multiply,
+    multiply_pair,
 };
 use bitnet_rs::levels::{LevelMatrix, Levels};
 use bitnet_rs::ternary::TernaryMatrix;
@@ -109,6 +110,63 @@ proptest! {
         let mut rng = Rng(seed);
         let (trits, xs) = (rng.trits(rows * cols), rng.floats(inputs * cols));
         check(&trits, rows, cols, &xs, threads);
+    }
+}
+
+/// Several matrices at once, some of more rows than a kernel takes together, by numbers
+/// of inputs around those at which kernels change their ways: cut by rows and by inputs.
+#[test]
+fn matrices_side_by_side_give_what_each_gives_alone() {
+    let mut rng = Rng(7);
+    let cols = 333;
+    let isa = Isa::best().unwrap();
+    let trits: Vec<Vec<i8>> = [5300, 37, 8].map(|rows| rng.trits(rows * cols)).into();
+    let ws: Vec<TernaryMatrix<'_>> =
+        trits.iter().map(|t| TernaryMatrix::new(t, t.len() / cols, cols, 0.25).unwrap()).collect();
+    let xs = rng.floats(70 * cols);
+    let right: Vec<Vec<u32>> = ws
+        .iter()
+        .map(|w| bits(&xs.chunks_exact(cols).flat_map(|x| naive(w, x)).collect::<Vec<_>>()))
+        .collect();
+    for kernel in available(isa) {
+        if kernel.name().starts_with("generic") {
+            continue; // what it gives is known from smaller ones, and slow here
+        }
+        for (n, threads) in [(9, 1), (13, 2), (16, 1), (17, 3), (33, 2), (48, 1), (70, 3)] {
+            let team = Team::new(Some(threads)).unwrap();
+            team.run(|| {
+                let packed: Vec<_> = ws
+                    .iter()
+                    .map(|w| PackedMatrix::pack(Kernels::of(kernel), w, &team).unwrap())
+                    .collect();
+                let mut inputs = vec![Prepared::default(); n];
+                for (x, out) in xs.chunks_exact(cols).zip(&mut inputs) {
+                    kernel.prepare(isa, x, out);
+                }
+                let mut ys: Vec<Vec<f32>> =
+                    ws.iter().map(|w| vec![f32::NAN; n * w.rows()]).collect();
+                let [a, b, c] = &mut ys[..] else { unreachable!() };
+                multiply(&team, &inputs, [(&packed[0], a), (&packed[1], b), (&packed[2], c)]);
+                for (y, right) in ys.iter().zip(&right) {
+                    assert!(bits(y) == right[..y.len()], "{}: {n} inputs", kernel.name());
+                }
+                // And two of one shape, with something done to both.
+                let [a, b, ..] = &mut ys[..] else { unreachable!() };
+                b.resize(a.len(), f32::NAN);
+                multiply_pair(
+                    &team,
+                    &inputs,
+                    [(&packed[0], &mut a[..]), (&packed[0], &mut b[..])],
+                    |a, b| a.iter_mut().zip(b).for_each(|(a, b)| *a -= 2.0 * b),
+                );
+                assert!(
+                    a.iter().zip(&right[0]).all(|(a, &r)| *a == -f32::from_bits(r)),
+                    "{}: {n} inputs in pairs",
+                    kernel.name()
+                );
+            })
+            .unwrap();
+        }
     }
 }
 

@@ -184,6 +184,47 @@ fn chunks_and_single_tokens_give_the_bits_of_one_pass() {
     });
 }
 
+/// The last layer computes the rows whose logits are wanted, by the kernel for so many;
+/// and where none are, keys and values alone.
+#[test]
+fn kernels_may_change_with_the_number_of_rows() {
+    let ids = tokens(60, 4);
+    let isa = Isa::best().unwrap();
+    each(|model_type, sizes, dtype| {
+        let right = {
+            let model = build(model_type, sizes, "generic-i2", 1);
+            run(&*model, &mut cache(&*model, dtype), &ids)
+        };
+        let kernels = kernels::available(isa);
+        for one in &kernels {
+            let others: Vec<String> = kernels
+                .iter()
+                .filter(|k| k.layout().name() == one.layout().name())
+                .map(|k| k.name().to_owned())
+                .collect();
+            let batch: Vec<String> = others.iter().cycle().take(5).cloned().collect();
+            let machine = Machine::new(Some(one.name()), Some(&batch), Some(2)).unwrap();
+            let weights = Random(weights(model_type, sizes));
+            let model = models::load(&config(model_type, sizes), &weights, machine).unwrap();
+            let mut cache = cache(&*model, dtype);
+            for (end, part) in [(40, &ids[..40]), (59, &ids[40..59]), (60, &ids[59..])] {
+                let mut batch = [Segment { tokens: part, cache: &mut cache }];
+                let wants = [if end == 40 { Want::Nothing } else { Want::All }];
+                let y = model.pass(&mut batch, Wanted::Each(&wants)).unwrap().rows;
+                let found: Vec<u32> = y.into_iter().map(f32::to_bits).collect();
+                let expected =
+                    if end == 40 { &[][..] } else { &right[(end - 1) * VOCAB..end * VOCAB] };
+                assert!(found == expected, "{model_type} {} and others", one.name());
+            }
+        }
+    });
+    let n = kernels::INPUTS.len() - 1;
+    let names = vec!["generic-i2".to_owned(); n + 1];
+    assert!(Machine::new(Some("generic-i2"), Some(&names[..n]), Some(1)).is_ok());
+    assert!(Machine::new(Some("generic-i2"), Some(&names), Some(1)).is_err());
+    assert!(Machine::new(Some("generic-t5"), Some(&names[..n]), Some(1)).is_err());
+}
+
 #[test]
 fn a_ragged_batch_gives_the_bits_of_each_alone() {
     each(|model_type, sizes, dtype| {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::activation::{Activation, add, gate_up};
 use super::attention::{KEY_BLOCK, Keys, attend, attend_blocks, block_width, merge_blocks};
+use super::attention_rows::attend_rows;
 use super::dense::{DenseMatrix, Floats};
 use super::exp::exp_in_place;
 use super::head::{ScanRows, ScanScratch, top_logits};
@@ -219,6 +220,45 @@ fn attention_is_the_same_everywhere_and_right() {
                         // Scores reach 1e4, where float32 has steps of 1e-3.
                         assert!(error < 2e-2, "{error}: head {h}, dimension {d}, {n} keys");
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Consecutive tokens together give what each gives alone, wherever blocks of keys end.
+#[test]
+fn attention_of_several_tokens_is_that_of_each() {
+    for (head_dim, group) in [(4, 1), (20, 3), (64, 4), (100, 1), (128, 4), (36, 7)] {
+        let shape = KvShape { model: ModelId::next(), n_layers: 1, n_kv_heads: 1, head_dim };
+        let n = 2 * KEY_BLOCK + 37;
+        let unit = |seed| -> Vec<f32> {
+            values(n * head_dim, seed).iter().map(|v| v.clamp(-2.0, 2.0)).collect()
+        };
+        let (k, v) = (unit(23), unit(24));
+        for dtype in [KvDtype::F16, KvDtype::F32] {
+            let cache = cache(shape, dtype, &k, &v, n);
+            for (first, tokens) in
+                [(1, 2), (1, 12), (30, 7), (126, 2), (127, 3), (128, 13), (120, 48), (250, 40)]
+            {
+                let q = values(tokens * group * head_dim, 25);
+                let queries: Vec<&[f32]> = q.chunks_exact(group * head_dim).collect();
+                let keys = |n_keys| Keys { cache: &cache, layer: 0, kv_head: 0, n_keys };
+                let found = same_bits("attention of several tokens", |isa| {
+                    let mut out = vec![f32::NAN; q.len()];
+                    let mut outs: Vec<&mut [f32]> =
+                        out.chunks_exact_mut(group * head_dim).collect();
+                    attend_rows(isa, &queries, keys(first), &mut outs);
+                    out
+                });
+                for (t, q) in queries.iter().enumerate() {
+                    let mut right = vec![0f32; q.len()];
+                    attend(Isa::GENERIC, q, keys(first + t), &mut Vec::new(), &mut right);
+                    let found = &found[t * q.len()..][..q.len()];
+                    assert!(
+                        right.iter().zip(found).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "token {t} of {tokens} from {first}, head_dim {head_dim}, {dtype:?}"
+                    );
                 }
             }
         }
