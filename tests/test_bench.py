@@ -221,7 +221,9 @@ def test_report(tiny: _core.Model) -> None:
     assert any("run 2 of 2" in line for line in said)
     assert 1 <= report.rescored_per_token <= 307
     assert report.full_heads <= 2 * (5 + 1)
-    assert sum(row.percent for row in report.profile) == pytest.approx(100)
+    for profile in (report.profile, report.prefill_profile):
+        assert sum(row.percent for row in profile) == pytest.approx(100)
+    assert report.prefill_gmac_per_s > 0
     assert {"q, k, v", "attention", "head: scan"} <= {row.name for row in report.profile}
     # One thread waits for nobody.
     assert report.waiting_percent == report.alone_percent == 0

@@ -544,7 +544,10 @@ def test_bench_of_the_bundled_model(here: Here) -> None:
     outcome = here("bench", "-p", "30", "-n", "3", "-r", "1", "--kernel", _core.kernels()[-1])
     assert outcome.code == 0, outcome
     assert outcome.err == ""
-    assert re.search(r"prefill +[\d,.]+ tokens/s +\(30 tokens\)", outcome.out)
+    assert re.search(
+        r"prefill +[\d,.]+ tokens/s +\(30 tokens; ternary matrices [\d,]+ GMAC/s a thread\)",
+        outcome.out,
+    )
     assert _core.kernels()[-1] in outcome.out
 
 

@@ -32,6 +32,9 @@ _WARM_UP_NEW: Final = 4
 # Tokens of the profile: after the measured runs, since looking at the clock takes time too.
 _PROFILE_TOKENS: Final = 16
 
+# Parts of a pass that multiply by ternary weights, and do little else.
+_MATRICES: Final = frozenset({"q, k, v", "o", "gate, up", "down"})
+
 # Read instead of the usual buffer where there is no memory for that. Still larger than most
 # caches.
 _SMALL_BUFFER_BYTES: Final = 64 << 20
@@ -103,6 +106,9 @@ class BenchReport:
             a parallel step for the others: the barriers' share.
         alone_percent: Share of a decoding step in which one thread works alone.
         profile: The parts of a decoding step, in their order.
+        prefill_profile: The parts of reading the prompt once.
+        prefill_gmac_per_s: Multiplications by ternary weights while reading the prompt, in 1e9 a
+            second for each thread, in the parts that do them.
         packed_bytes: All weights in memory.
         peak_rss_bytes: Most memory of the process until the end of the runs; None if the system
             does not tell.
@@ -135,6 +141,8 @@ class BenchReport:
     waiting_percent: float
     alone_percent: float
     profile: list[ProfileRow]
+    prefill_profile: list[ProfileRow]
+    prefill_gmac_per_s: float
     packed_bytes: int
     peak_rss_bytes: int | None
     cpu: str
@@ -199,7 +207,9 @@ def run(
         speeds.append(_memory_speed(core.threads))
     scans = {key: n - used[key] for key, n in core.head_use.items()}
     say(f"profile of {_PROFILE_TOKENS} tokens")
-    profile = _profile(core, prompt, min(_PROFILE_TOKENS, new_tokens), kv_dtype, chunk_tokens)
+    prefill_profile, profile = _profile(
+        core, prompt, min(_PROFILE_TOKENS, new_tokens), kv_dtype, chunk_tokens
+    )
     measured = [speed for speed in speeds if speed is not None]
     memory_gb_per_s = statistics.median(measured) if measured else None
 
@@ -230,6 +240,8 @@ def run(
         waiting_percent=_waiting_percent(profile),
         alone_percent=sum(row.percent for row in profile if row.alone),
         profile=profile,
+        prefill_profile=prefill_profile,
+        prefill_gmac_per_s=_gmac_per_s(core, prompt_tokens, prefill_profile),
         packed_bytes=int(core.facts["packed_bytes"]),
         peak_rss_bytes=peak,
         cpu=system.cpu_name(),
@@ -318,25 +330,44 @@ def _profile(
     new_tokens: int,
     kv_dtype: Literal["f16", "f32"],
     chunk_tokens: int,
-) -> list[ProfileRow]:
-    """Where the time of a decoding step goes."""
+) -> tuple[list[ProfileRow], list[ProfileRow]]:
+    """Where the time of reading the prompt goes, and that of a decoding step."""
     cache = core.new_cache(len(prompt) + new_tokens, kv_dtype)
-    token = _prefill(core, prompt, cache, chunk_tokens)
     core.profile(True)
+    token = _prefill(core, prompt, cache, chunk_tokens)
+    prefill = core.profile(True)
     _decode(core, token, cache, new_tokens)
-    laps = core.profile(False)
+    decode = core.profile(False)
+    return _rows(core, prefill, 1), _rows(core, decode, new_tokens)
+
+
+def _rows(
+    core: _core.Model, laps: list[tuple[str, int, float, float]], steps: int
+) -> list[ProfileRow]:
     total = sum(wall for _, _, wall, _ in laps)
     return [
         ProfileRow(
             name,
-            count / new_tokens,
-            wall / new_tokens,
+            count / steps,
+            wall / steps,
             100 * wall / total,
             100 * max(0.0, 1 - (busy or wall) / (core.threads * wall)),
             busy == 0 and core.threads > 1,
         )
         for name, count, wall, busy in laps
     ]
+
+
+def _gmac_per_s(core: _core.Model, prompt_tokens: int, profile: list[ProfileRow]) -> float:
+    """Speed of the ternary matrices, for each thread."""
+    facts = core.facts
+    layer = int(facts["ternary_params"]) / int(facts["n_layers"])
+    kv = 2 * int(facts["n_kv_heads"]) * int(facts["head_dim"]) * int(facts["hidden_size"])
+    # The last layer computes keys and values of all tokens, and else the prompt's last token.
+    macs = prompt_tokens * (layer * (int(facts["n_layers"]) - 1) + kv)
+    macs += layer - kv
+    seconds = sum(row.seconds for row in profile if row.name in _MATRICES)
+    return macs / seconds / core.threads / 1e9
 
 
 def _waiting_percent(profile: list[ProfileRow]) -> float:

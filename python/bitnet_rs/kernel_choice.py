@@ -140,11 +140,16 @@ def select(speeds: Sequence[KernelSpeed]) -> tuple[str, ...]:
     for speed in speeds:
         layouts.setdefault(_layout(speed.kernel), []).append(speed)
     sets = [
-        [_first(group, lambda s, i=i: s.seconds[i]) for i in range(1 + len(_core.batch_inputs))]
+        [_first(group, _seconds(i)) for i in range(1 + len(_core.batch_inputs))]
         for group in layouts.values()
     ]
     chosen = _first(sets, lambda kernels: _cost(kernels[0], kernels[-1]))
     return tuple(speed.kernel for speed in chosen)
+
+
+def _seconds(size: int) -> Callable[[KernelSpeed], float]:
+    """For one token in steps of the `size`-th number of tokens."""
+    return lambda speed: speed.seconds[size]
 
 
 def _first(items: Sequence[_T], cost: Callable[[_T], float]) -> _T:

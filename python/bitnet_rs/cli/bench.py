@@ -105,7 +105,8 @@ def _print(report: "BenchReport") -> None:
             "machine": f"{report.cpu}; {kernels}, {report.threads} threads, "
             f"bitnet-rs {report.version} ({report.build_profile} build)",
             "prefill": f"{report.prefill_tokens_per_s:,.1f} tokens/s  "
-            f"({report.prompt_tokens} tokens)",
+            f"({report.prompt_tokens} tokens; ternary matrices "
+            f"{report.prefill_gmac_per_s:,.0f} GMAC/s a thread)",
             "decode": f"{report.decode_tokens_per_s:,.1f} tokens/s  ({report.new_tokens} tokens, "
             f"after the prompt, kv cache in {report.kv_dtype})",
             "reading": f"{report.read_gb_per_s:,.1f} GB/s while decoding "
@@ -121,20 +122,24 @@ def _print(report: "BenchReport") -> None:
 
 
 def _print_profile(report: "BenchReport") -> None:
-    """The parts of a decoding step, as a table."""
+    """The parts of prefill and of a decoding step, as tables."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="a decoding step", title_justify="left", box=None, pad_edge=False)
-    table.add_column("part")
-    for column in ("times", "microseconds", "share", "threads waiting"):
-        table.add_column(column, justify="right")
-    for row in report.profile:
-        table.add_row(
-            row.name,
-            f"{row.count:,.0f}",
-            f"{1e6 * row.seconds:,.0f}",
-            f"{row.percent:.1f} %",
-            "one works alone" if row.alone else f"{row.waiting_percent:.1f} %",
-        )
-    Console().print(table)
+    for title, rows in (
+        (f"reading {report.prompt_tokens} tokens", report.prefill_profile),
+        ("a decoding step", report.profile),
+    ):
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table.add_column("part", min_width=15)
+        for column in ("times", "microseconds", "share", "threads waiting"):
+            table.add_column(column, justify="right", min_width=12)
+        for row in rows:
+            table.add_row(
+                row.name,
+                f"{row.count:,.0f}",
+                f"{1e6 * row.seconds:,.0f}",
+                f"{row.percent:.1f} %",
+                "one works alone" if row.alone else f"{row.waiting_percent:.1f} %",
+            )
+        Console().print(table)
