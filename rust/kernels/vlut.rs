@@ -11,15 +11,15 @@
 //! here the bytes of the layouts for GEMV are the indices.)
 //!
 //! ```text
-//! for tokens in blocks of 32 or 16
-//!   for rows in tiles of up to MAX_ROWS
-//!     for columns in blocks of 64 bytes
-//!       indices of the tile, in the order in which they are used    in L2
+//! for rows in tiles
+//!   for columns in blocks of 64 bytes
+//!     indices of the tile, in the order in which they are used    in L2
+//!     for tokens in units of 32 or 16
 //!       for passes over some bytes
-//!         their tables, from the activations                        in L1
-//!         for rows: int16 sums += tables[index]                     in L2
-//!       widen the sums before they may overflow                     rarely
-//!     rescale the sums
+//!         widen the sums if they may overflow                     rarely
+//!         their tables, from the activations                      in L1
+//!         for rows: int16 sums += tables[index]                   in L2
+//!   rescale the sums
 //! ```
 //!
 //! A table has a [`Line`] of 64 bytes for each value of a byte. *Wide*, it holds
@@ -65,9 +65,13 @@ pub(super) type Table = [Line; 256];
 /// halves).
 const STRIDE: usize = 256 + 13;
 
-/// Rows of a tile: their sums and the indices of a block of columns, 128 bytes a
-/// row, share L2 with each other; more rows share a table's cost.
-const MAX_ROWS: usize = 2560;
+/// Inputs that share the indices of a block of columns, which take a tenth of the time
+/// for 32.
+pub(super) const INPUTS: usize = 64;
+
+/// What a tile's rows may take of L2: int16 sums and the indices of a block of columns.
+/// More rows share a table's cost.
+const TILE_BYTES: usize = 2560 * 128;
 
 /// Tables of a pass at most.
 const MAX_TABLES: usize = 4;
@@ -154,36 +158,52 @@ struct Scratch {
     wide_sums: AlignedBytes,
 }
 
+/// Rows that are multiplied together: pieces of matrices, one after the other.
+struct Tile {
+    pieces: Vec<Piece>,
+    /// Rows of all, with those that fill up row groups.
+    rows: usize,
+}
+
 /// Rows of a tile that belong to one matrix.
 struct Piece {
     part: usize,
     rows: Range<usize>,
 }
 
-/// [`Kernel::gemm_parts`] in blocks of up to `most` inputs: `multiply` is given each,
-/// and where it begins. A last block of `few` inputs or less is left to another kernel.
-pub(super) fn gemm_blocks(
+/// [`Kernel::gemm_parts`]: `multiply` is given up to [`INPUTS`] inputs in `units` of
+/// [`WIDE`] or [`LANES`], the larger first, and where they begin. Of what is left over,
+/// `few` inputs or less are left to another kernel.
+pub(super) fn gemm_parts(
     other: &dyn Kernel,
     few: usize,
-    most: usize,
+    units: &[usize],
     parts: &mut [Part<'_>],
     xs: &[Prepared],
-    multiply: impl Fn(&mut [Part<'_>], &[Prepared], usize),
+    multiply: impl Fn(usize, &mut [Part<'_>], &[Prepared], usize),
 ) {
-    for (block, xs) in xs.chunks(most).enumerate() {
-        let first = block * most;
-        if xs.len() > few {
-            multiply(parts, xs, first);
-            continue;
+    for (block, xs) in xs.chunks(INPUTS).enumerate() {
+        let mut at = 0;
+        for (i, &unit) in units.iter().enumerate() {
+            // A remainder that is worth this unit, but no smaller one.
+            let rest = (xs.len() - at) % unit;
+            let end = if rest > units.get(i + 1).copied().unwrap_or(few) { 0 } else { rest };
+            let end = xs.len() - end;
+            if end > at {
+                multiply(unit, parts, &xs[at..end], block * INPUTS + at);
+                at = end;
+            }
         }
-        for Part { w, rows, ys } in &mut *parts {
-            other.gemm(w, rows.clone(), xs, &mut ys[first..]);
+        if at < xs.len() {
+            for Part { w, rows, ys } in &mut *parts {
+                other.gemm(w, rows.clone(), &xs[at..], &mut ys[block * INPUTS + at..]);
+            }
         }
     }
 }
 
-/// Multiplies parts of matrices by up to [`WIDE`] inputs, or [`LANES`] if not
-/// `wide`, in passes of `T` tables.
+/// Multiplies parts of matrices by up to [`INPUTS`] inputs, in passes of `T` tables;
+/// outputs are those from `first` on.
 ///
 /// To be inlined into a function compiled for the instruction set of `l`.
 #[inline(always)]
@@ -198,69 +218,67 @@ pub(super) fn gemm<const F: usize, const T: usize, L: Build<F>>(
         static SCRATCH: RefCell<Scratch> = RefCell::default();
     }
     let Some(cols) = parts.first().map(|p| p.w.cols) else { return };
-    assert!(xs.len() <= if wide { WIDE } else { LANES } && parts.iter().all(|p| p.w.cols == cols));
+    assert!(xs.len() <= INPUTS && parts.iter().all(|p| p.w.cols == cols));
+    let lanes = if wide { WIDE } else { LANES };
     let total: usize = parts.iter().map(|p| p.rows.len().next_multiple_of(ROWS)).sum();
-    let tiles = total.div_ceil(MAX_ROWS);
+    let row_bytes = BLOCK_BYTES + xs.len().next_multiple_of(lanes) * size_of::<i16>();
+    let tiles = total.div_ceil(TILE_BYTES / row_bytes);
     let most = total.div_ceil(tiles.max(1)).next_multiple_of(ROWS);
     // Taken and put back: a closure that `with` runs is not compiled for `l`.
     let mut scratch = SCRATCH.take();
-    let mut tile = Vec::new();
-    let mut n = 0;
+    let mut tile = Tile { pieces: Vec::new(), rows: 0 };
     for part in 0..parts.len() {
         let mut rows = parts[part].rows.clone();
         while !rows.is_empty() {
-            let end = rows.end.min(rows.start + most - n);
-            tile.push(Piece { part, rows: rows.start..end });
-            n += (end - rows.start).next_multiple_of(ROWS);
+            let end = rows.end.min(rows.start + most - tile.rows);
+            tile.pieces.push(Piece { part, rows: rows.start..end });
+            tile.rows += (end - rows.start).next_multiple_of(ROWS);
             rows.start = end;
-            if n == most || part + 1 == parts.len() && rows.is_empty() {
-                multiply_tile::<F, T, L>(l, wide, parts, &tile, n, xs, first, &mut scratch);
-                tile.clear();
-                n = 0;
+            if tile.rows == most || part + 1 == parts.len() && rows.is_empty() {
+                multiply_tile::<F, T, L>(l, wide, parts, &tile, xs, first, &mut scratch);
+                tile.pieces.clear();
+                tile.rows = 0;
             }
         }
     }
     SCRATCH.set(scratch);
 }
 
-/// One tile of `n` rows, those that fill up row groups counted.
+/// One tile.
 #[inline(always)]
 fn multiply_tile<const F: usize, const T: usize, L: Build<F>>(
     l: L,
     wide: bool,
     parts: &mut [Part<'_>],
-    tile: &[Piece],
-    n: usize,
+    tile: &Tile,
     xs: &[Prepared],
     first: usize,
     scratch: &mut Scratch,
 ) {
-    let tokens = if wide { WIDE } else { LANES };
+    const { assert!(T <= MAX_TABLES) };
+    let lanes = if wide { WIDE } else { LANES };
+    let units = xs.len().div_ceil(lanes);
     let bytes = pass_bytes(T, wide);
     let words = ROWS * bytes / 8; // of the indices of a row group, in a pass
     // A line more, so that the passes of a row group do not fall on the same sets.
-    let stride = n / ROWS * words + 8;
-    const { assert!(T <= MAX_TABLES) };
+    let stride = tile.rows / ROWS * words + 8;
     scratch.tables.resize(size_of::<Tables>());
     scratch.columns.resize(BLOCK_BYTES * F * size_of::<Line>());
     scratch.index.resize(BLOCK_BYTES / bytes * stride * size_of::<u64>());
-    scratch.sums.resize(n * tokens * size_of::<i16>());
-    scratch.wide_sums.resize(n * tokens * size_of::<i32>());
+    scratch.sums.resize(units * tile.rows * lanes * size_of::<i16>());
+    scratch.wide_sums.resize(units * tile.rows * lanes * size_of::<i32>());
     let columns: &mut [Line] = scratch.columns.as_mut_slice_of();
     let index: &mut [u64] = scratch.index.as_mut_slice_of();
     let sums: &mut [i16] = scratch.sums.as_mut_slice_of();
     let wide_sums: &mut [i32] = scratch.wide_sums.as_mut_slice_of();
     let [tables] = scratch.tables.as_mut_slice_of::<Tables>() else { unreachable!("sized above") };
-    // The bound of each token's sums, whether they are still to be set, and the
-    // same of the wide ones.
-    let mut bound = [0u32; WIDE];
-    let (mut fresh, mut wide_fresh) = (true, true);
+    let mut bounds = [Bound { sums: [0; WIDE], fresh: true, wide_fresh: true }; INPUTS / LANES];
+
     let cut = Cut::<F>::new(parts[0].w.cols);
     for block in 0..cut.blocks + usize::from(cut.tail > 0) {
         let block_bytes = if block < cut.blocks { BLOCK_BYTES } else { cut.tail };
-        let passes = block_bytes / bytes;
         let mut at = 0;
-        for piece in tile {
+        for piece in &tile.pieces {
             let w = parts[piece.part].w;
             for group in w.groups(piece.rows.clone()) {
                 let group = &group[block * ROWS * BLOCK_BYTES..][..ROWS * block_bytes];
@@ -269,49 +287,91 @@ fn multiply_tile<const F: usize, const T: usize, L: Build<F>>(
                 at += words;
             }
         }
-        let start = block * F * BLOCK_BYTES;
-        arrange::<F, L>(l, wide, xs, start, block_bytes, columns);
-        for (pass, columns) in columns.chunks_exact(T * F).take(passes).enumerate() {
-            let more = magnitudes(wide, columns);
-            if (0..WIDE).any(|i| bound[i] + more[i] > i16::MAX as u32) {
-                l.widen(wide_fresh, sums, wide_sums);
-                (fresh, wide_fresh) = (true, false);
-                bound = [0; WIDE];
+        let units = sums.chunks_exact_mut(tile.rows * lanes);
+        let units = units.zip(wide_sums.chunks_exact_mut(tile.rows * lanes));
+        for ((xs, bound), (sums, wide_sums)) in xs.chunks(lanes).zip(&mut bounds).zip(units) {
+            arrange::<F, L>(l, wide, xs, block * F * BLOCK_BYTES, block_bytes, columns);
+            let passes = columns.chunks_exact(T * F).take(block_bytes / bytes);
+            for (columns, index) in passes.zip(index.chunks_exact(stride)) {
+                if bound.grow(wide, columns) {
+                    l.widen(bound.wide_fresh, sums, wide_sums);
+                    (bound.fresh, bound.wide_fresh) = (true, false);
+                }
+                for (t, columns) in columns.as_chunks::<F>().0.iter().enumerate() {
+                    let table = tables.0[t * STRIDE..].first_chunk_mut().expect("as the type says");
+                    l.build(columns, table);
+                }
+                l.add::<T>(wide, bound.fresh, tables, &index[..stride - 8], sums);
+                bound.fresh = false;
             }
-            for i in 0..WIDE {
-                bound[i] += more[i];
-            }
-            for (t, columns) in columns.as_chunks::<F>().0.iter().enumerate() {
-                let table = tables.0[t * STRIDE..].first_chunk_mut().expect("sized above");
-                l.build(columns, table);
-            }
-            let index = &index[pass * stride..][..n / ROWS * words];
-            l.add::<T>(wide, fresh, tables, index, sums);
-            fresh = false;
         }
     }
-    l.widen(wide_fresh, sums, wide_sums);
+
+    let units = sums.chunks_exact(tile.rows * lanes);
+    let units = units.zip(wide_sums.chunks_exact_mut(tile.rows * lanes));
+    for (i, ((xs, bound), (sums, wide_sums))) in
+        xs.chunks(lanes).zip(&bounds).zip(units).enumerate()
+    {
+        l.widen(bound.wide_fresh, sums, wide_sums);
+        put(l, parts, tile, xs, first + i * lanes, wide_sums.as_chunks().0);
+    }
+}
+
+/// What is known of the sums of a unit of inputs.
+#[derive(Clone, Copy)]
+struct Bound {
+    /// For each token, no sum is larger than that.
+    sums: [u32; WIDE],
+    /// Whether the sums are still to be set, and the wide ones.
+    fresh: bool,
+    wide_fresh: bool,
+}
+
+impl Bound {
+    /// Takes in the columns of a pass: whether the sums have to be widened before it.
+    #[inline(always)]
+    fn grow(&mut self, wide: bool, columns: &[Line]) -> bool {
+        let more = magnitudes(wide, columns);
+        let full = (0..WIDE).any(|i| self.sums[i] + more[i] > i16::MAX as u32);
+        for i in 0..WIDE {
+            self.sums[i] = if full { more[i] } else { self.sums[i] + more[i] };
+        }
+        full
+    }
+}
+
+/// Rescales the sums of a unit of inputs, and puts them to the outputs from `first` on.
+#[inline(always)]
+fn put<L: Lines>(
+    l: L,
+    parts: &mut [Part<'_>],
+    tile: &Tile,
+    xs: &[Prepared],
+    first: usize,
+    sums: &[[i32; LANES]],
+) {
     // Lanes without a token divide by one.
     let mut divisors = [1.0; WIDE];
     for (divisor, x) in divisors.iter_mut().zip(xs) {
         *divisor = x.divisor;
     }
-    let mut sums = wide_sums.as_chunks().0.chunks_exact(ROWS * tokens / LANES);
-    for piece in tile {
+    let halves = sums.len() / tile.rows;
+    let mut sums = sums.chunks_exact(ROWS * halves);
+    for piece in &tile.pieces {
         let part = &mut parts[piece.part];
         let (start, scale) = (part.rows.start, part.w.scale);
         for (at, sums) in piece.rows.clone().step_by(ROWS).zip(&mut sums) {
             let mut scaled = [[[0f32; ROWS]; LANES]; 2];
-            for half in 0..tokens / LANES {
+            for half in 0..halves {
                 let mut quad = [&[0; LANES]; ROWS];
                 for r in 0..ROWS {
-                    quad[r] = &sums[r * tokens / LANES + half];
+                    quad[r] = &sums[r * halves + half];
                 }
-                let divisors = divisors.as_chunks().0;
-                l.rescale(quad, &divisors[half], scale, &mut scaled[half]);
+                l.rescale(quad, &divisors.as_chunks().0[half], scale, &mut scaled[half]);
             }
             let n = ROWS.min(piece.rows.end - at);
-            for (y, scaled) in part.ys[first..].iter_mut().zip(scaled.as_flattened()) {
+            let ys = part.ys[first..].iter_mut().take(xs.len());
+            for (y, scaled) in ys.zip(scaled.as_flattened()) {
                 let y = &mut y[at - start..];
                 match y.first_chunk_mut() {
                     Some(y) if n == ROWS => *y = *scaled,

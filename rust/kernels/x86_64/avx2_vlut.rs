@@ -7,7 +7,9 @@ use std::ops::Range;
 use super::super::generic::blocks::ROWS;
 use super::super::generic::i2::{FIELDS as I2_FIELDS, I2};
 use super::super::generic::t5::{FIELDS as T5_FIELDS, PAIRS, SIGN, T5, TRIPLES, TRITS};
-use super::super::vlut::{self, Build, LANES, Line, Lines, Table, Tables, WIDE, pass_bytes};
+use super::super::vlut::{
+    self, Build, INPUTS, LANES, Line, Lines, Table, Tables, WIDE, pass_bytes,
+};
 use super::super::{Kernel, Layout, PackedMatrix, Part, Prepared};
 use super::avx2_i2::Avx2I2;
 use super::avx2_t5::Avx2T5;
@@ -48,13 +50,13 @@ impl Kernel for Avx2I2Vlut {
     }
 
     fn block_inputs(&self) -> usize {
-        WIDE
+        INPUTS
     }
 
     fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
-        vlut::gemm_blocks(&self.1, FEW, WIDE, parts, xs, |parts, xs, first| {
+        vlut::gemm_parts(&self.1, FEW, &[WIDE, LANES], parts, xs, |unit, parts, xs, first| {
             // SAFETY: `self.0` proves that the CPU has AVX2.
-            unsafe { multiply_i2(self.0, xs.len() > LANES, parts, xs, first) }
+            unsafe { multiply_i2(self.0, unit == WIDE, parts, xs, first) }
         });
     }
 }
@@ -83,11 +85,11 @@ impl Kernel for Avx2T5Vlut {
     }
 
     fn block_inputs(&self) -> usize {
-        WIDE
+        INPUTS
     }
 
     fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
-        vlut::gemm_blocks(&self.1, FEW, LANES, parts, xs, |parts, xs, first| {
+        vlut::gemm_parts(&self.1, FEW, &[LANES], parts, xs, |_, parts, xs, first| {
             // SAFETY: `self.0` proves that the CPU has AVX2.
             unsafe { multiply_t5(self.0, parts, xs, first) }
         });

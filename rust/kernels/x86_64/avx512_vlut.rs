@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use super::super::generic::blocks::ROWS;
 use super::super::generic::i2::{FIELDS, I2};
-use super::super::vlut::{self, Build, LANES, Line, Lines, Table, Tables, WIDE};
+use super::super::vlut::{self, Build, INPUTS, LANES, Line, Lines, Table, Tables, WIDE};
 use super::super::{Kernel, Layout, PackedMatrix, Part, Prepared};
 use super::avx2_vlut::I2_TABLES;
 use super::avx512_i2::Avx512I2;
@@ -45,13 +45,13 @@ impl Kernel for Avx512I2Vlut {
     }
 
     fn block_inputs(&self) -> usize {
-        WIDE
+        INPUTS
     }
 
     fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
-        vlut::gemm_blocks(&self.1, FEW, WIDE, parts, xs, |parts, xs, first| {
+        vlut::gemm_parts(&self.1, FEW, &[WIDE, LANES], parts, xs, |unit, parts, xs, first| {
             // SAFETY: `self.0` proves that the CPU has AVX-512 F and BW.
-            unsafe { multiply(self.0, xs.len() > LANES, parts, xs, first) }
+            unsafe { multiply(self.0, unit == WIDE, parts, xs, first) }
         });
     }
 }
