@@ -58,7 +58,7 @@ def load(
         threads: Threads that compute. None: the environment variable BITNET_RS_THREADS, else one
             per physical core.
         kernel: A name from `info().kernels`. `auto`: BITNET_RS_KERNEL, else the fastest, measured
-            on this model's shapes in a tenth of a second and remembered in the user's cache
+            on this model's shapes in a fifth of a second and remembered in the user's cache
             folder. All kernels compute the same bits.
         kv_dtype: Precision of cached keys and values, `f16` or `f32`.
         context: Most tokens of prompt and answer together. None: what the model was trained for.
