@@ -28,6 +28,7 @@ use crate::threads::Team;
 mod aarch64;
 mod generic;
 mod measure;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod vlut;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
@@ -454,6 +455,7 @@ impl PackedMatrix {
 
     /// The packed bytes of the row groups of `rows`, which begin at the start of
     /// one.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))] // for `vlut.rs`
     #[inline]
     fn groups(&self, rows: Range<usize>) -> impl Iterator<Item = &[u8]> {
         let groups = rows.start / self.row_group..rows.end.div_ceil(self.row_group);

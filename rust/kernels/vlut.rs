@@ -1,6 +1,6 @@
 //! Vector look-up tables: GEMM with tokens in the lanes. The loops over rows,
 //! columns and tokens, which instruction sets share; theirs are in their
-//! folders (`x86_64/avx2_vlut.rs`).
+//! folders (`x86_64/avx2_vlut.rs`, `aarch64/neon_vlut.rs`).
 //!
 //! A byte of a packed row stands for a few weights, so it has few values: 81
 //! for the four trits of i2, 243 for the five of t5. For each of them the sum
