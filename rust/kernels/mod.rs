@@ -394,20 +394,29 @@ impl PackedMatrix {
         Self { kernels, rows, cols, scale, row_group, group_bytes, bytes }
     }
 
-    /// A matrix of no particular weights, to measure with: all row groups have the
-    /// same random ones. (Zeros would not do: tables are only as slow as they are if
-    /// the bytes are as many, and a page that never was written is the same page as
-    /// all others, so that reading it is reading a cache.) Call it inside [`Team::run`].
+    /// A matrix of random weights, to measure with; every 64 row groups
+    /// they are the same again. (Zeros would not do: tables are only as slow as they
+    /// are if the bytes are as many, and a page that never was written is the same page
+    /// as all others, so that reading it is reading a cache.) Call it inside
+    /// [`Team::run`].
     #[must_use]
     pub fn arbitrary(kernels: Kernels, rows: usize, cols: usize, team: &Team) -> Self {
         let mut w = Self::zeroed(kernels, rows, cols, 1.0);
-        let (layout, mut group) = (kernels.layout(), vec![0; w.group_bytes]);
-        layout.pack(&random_weights(w.row_group * cols, layout.levels()), cols, &mut group);
-        team.split(w.bytes.as_mut_slice(), w.group_bytes, CHUNKS_PER_THREAD, |_, part| {
-            part.chunks_mut(group.len()).for_each(|to| to.copy_from_slice(&group[..to.len()]));
+        let (layout, n) = (kernels.layout(), w.group_bytes);
+        let drawn = Self::DRAWN.min(w.bytes.len() / n);
+        let values = random_weights(drawn * w.row_group * cols, layout.levels());
+        let mut groups = vec![0; drawn * n];
+        for (group, rows) in groups.chunks_exact_mut(n).zip(values.chunks(w.row_group * cols)) {
+            layout.pack(rows, cols, group);
+        }
+        team.split(w.bytes.as_mut_slice(), groups.len(), CHUNKS_PER_THREAD, |_, part| {
+            part.chunks_mut(groups.len()).for_each(|to| to.copy_from_slice(&groups[..to.len()]));
         });
         w
     }
+
+    /// Row groups of [`arbitrary`](Self::arbitrary) weights.
+    const DRAWN: usize = 64;
 
     /// The weights again, row-major.
     #[must_use]

@@ -9,7 +9,9 @@ use std::ops::Range;
 
 use super::super::generic::blocks::ROWS;
 use super::super::generic::i2::{FIELDS, I2};
-use super::super::vlut::{self, LANES, Line, Loops, Table, Tables, WIDE, pass_bytes};
+use super::super::vlut::{
+    self, Build, INPUTS, LANES, Line, Lines, Table, Tables, WIDE, pass_bytes,
+};
 use super::super::{Kernel, Layout, PackedMatrix, Part, Prepared};
 use super::neon_i2::NeonI2;
 use super::neon_tile::{load as load_u8, load_i8};
@@ -53,42 +55,30 @@ impl Kernel for NeonI2Vlut {
     }
 
     fn block_inputs(&self) -> usize {
-        WIDE
+        INPUTS
     }
 
     fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
-        let loops = I2Loops(self.0);
-        for first in (0..xs.len()).step_by(WIDE) {
-            let xs = &xs[first..xs.len().min(first + WIDE)];
-            if xs.len() <= FEW {
-                for Part { w, rows, ys } in &mut *parts {
-                    self.1.gemm(w, rows.clone(), xs, &mut ys[first..]);
-                }
-                continue;
-            }
+        vlut::gemm_parts(&self.1, FEW, &[WIDE, LANES], parts, xs, |unit, parts, xs, first| {
             // SAFETY: `self.0` proves that the CPU has NEON.
-            unsafe { multiply(loops, xs.len() > LANES, parts, xs, first) }
-        }
+            unsafe { multiply(self.0, unit == WIDE, parts, xs, first) }
+        });
     }
 }
 
 #[target_feature(enable = "neon")]
-fn multiply(l: I2Loops, wide: bool, parts: &mut [Part<'_>], xs: &[Prepared], first: usize) {
+fn multiply(l: Neon, wide: bool, parts: &mut [Part<'_>], xs: &[Prepared], first: usize) {
     if wide {
-        vlut::gemm(l, true, parts, xs, first);
+        vlut::gemm::<FIELDS, TABLES, _>(l, true, parts, xs, first);
     } else {
-        vlut::gemm(l, false, parts, xs, first);
+        vlut::gemm::<FIELDS, TABLES, _>(l, false, parts, xs, first);
     }
 }
 
-#[derive(Clone, Copy)]
-struct I2Loops(Neon);
-
-impl Loops<FIELDS, TABLES> for I2Loops {
+impl Lines for Neon {
     #[inline(always)]
     fn transpose(self, q: [&[i8; LANES]; LANES], out: &mut [[i16; LANES]; LANES]) {
-        let _proof = self.0;
-        // SAFETY: the proof says that the CPU has NEON.
+        // SAFETY: `self` proves that the CPU has NEON.
         unsafe { transpose(q, out) }
     }
 
@@ -97,39 +87,40 @@ impl Loops<FIELDS, TABLES> for I2Loops {
     fn prefetch(self, _bytes: &[u8], _distance: usize) {}
 
     #[inline(always)]
-    fn split(self, wide: bool, group: &[u8], index: &mut [u64], stride: usize) {
-        // SAFETY: as above.
+    fn split(self, taken: usize, group: &[u8], index: &mut [u64], stride: usize) {
+        // SAFETY: as in `transpose`.
         unsafe {
-            if wide {
-                split::<4>(group, index, stride);
-            } else {
-                split::<8>(group, index, stride);
+            match taken {
+                8 => split::<8>(group, index, stride),
+                4 => split::<4>(group, index, stride),
+                _ => unreachable!("passes of the layout above"),
             }
         }
     }
 
     #[inline(always)]
-    fn build(self, columns: &[Line; FIELDS], table: &mut Table) {
-        // SAFETY: as above.
-        unsafe { build_i2(columns, table) }
-    }
-
-    #[inline(always)]
-    fn add(self, wide: bool, fresh: bool, tables: &Tables, index: &[u64], sums: &mut [i16]) {
-        // SAFETY: as above.
+    fn add<const T: usize>(
+        self,
+        wide: bool,
+        fresh: bool,
+        tables: &Tables,
+        index: &[u64],
+        sums: &mut [i16],
+    ) {
+        // SAFETY: as in `transpose`.
         unsafe {
             match (wide, fresh) {
-                (true, true) => add::<TABLES, true, true>(tables, index, sums),
-                (true, false) => add::<TABLES, true, false>(tables, index, sums),
-                (false, true) => add::<TABLES, false, true>(tables, index, sums),
-                (false, false) => add::<TABLES, false, false>(tables, index, sums),
+                (true, true) => add::<T, true, true>(tables, index, sums),
+                (true, false) => add::<T, true, false>(tables, index, sums),
+                (false, true) => add::<T, false, true>(tables, index, sums),
+                (false, false) => add::<T, false, false>(tables, index, sums),
             }
         }
     }
 
     #[inline(always)]
     fn widen(self, fresh: bool, sums: &[i16], wide_sums: &mut [i32]) {
-        // SAFETY: as above.
+        // SAFETY: as in `transpose`.
         unsafe {
             if fresh {
                 widen::<true>(sums, wide_sums);
@@ -147,12 +138,20 @@ impl Loops<FIELDS, TABLES> for I2Loops {
         scale: f32,
         out: &mut [[f32; ROWS]; LANES],
     ) {
-        // SAFETY: as above.
+        // SAFETY: as in `transpose`.
         unsafe { rescale(sums, divisors, scale, out) }
     }
 }
 
-/// [`Loops::transpose`].
+impl Build<FIELDS> for Neon {
+    #[inline(always)]
+    fn build(self, columns: &[Line; FIELDS], table: &mut Table) {
+        // SAFETY: `self` proves that the CPU has NEON.
+        unsafe { build_i2(columns, table) }
+    }
+}
+
+/// [`Lines::transpose`].
 #[target_feature(enable = "neon")]
 #[inline]
 fn transpose(q: [&[i8; LANES]; LANES], out: &mut [[i16; LANES]; LANES]) {
@@ -175,7 +174,7 @@ fn transpose(q: [&[i8; LANES]; LANES], out: &mut [[i16; LANES]; LANES]) {
     }
 }
 
-/// [`Loops::split`] for passes of `BYTES` bytes, 4 or 8: transpositions of units
+/// [`Lines::split`] for passes of `BYTES` bytes, 4 or 8: transpositions of units
 /// of so many.
 #[target_feature(enable = "neon")]
 #[inline]
@@ -206,7 +205,7 @@ fn split<const BYTES: usize>(group: &[u8], index: &mut [u64], stride: usize) {
     }
 }
 
-/// [`Loops::build`] for i2, whose bytes hold the codes `t + 1` of four fields.
+/// [`Build::build`] for i2, whose bytes hold the codes `t + 1` of four fields.
 #[target_feature(enable = "neon")]
 #[inline]
 fn build_i2(columns: &[Line; FIELDS], table: &mut Table) {
@@ -238,7 +237,7 @@ fn build_i2(columns: &[Line; FIELDS], table: &mut Table) {
     }
 }
 
-/// [`Loops::add`].
+/// [`Lines::add`].
 #[target_feature(enable = "neon")]
 #[inline]
 fn add<const T: usize, const WIDE: bool, const FRESH: bool>(
@@ -277,7 +276,7 @@ fn add<const T: usize, const WIDE: bool, const FRESH: bool>(
     }
 }
 
-/// [`Loops::widen`]. A function of its own: the compiler must know that the
+/// [`Lines::widen`]. A function of its own: the compiler must know that the
 /// slices do not overlap.
 #[target_feature(enable = "neon")]
 #[inline(never)]
@@ -287,7 +286,7 @@ fn widen<const FRESH: bool>(sums: &[i16], wide_sums: &mut [i32]) {
     }
 }
 
-/// [`Loops::rescale`].
+/// [`Lines::rescale`].
 #[target_feature(enable = "neon")]
 #[inline]
 fn rescale(
