@@ -523,8 +523,10 @@ fn tasks<'a, const N: usize, const GROUPS: usize>(
         let cuts = if block == xs.len() && kernel.block_inputs() == usize::MAX {
             if team.threads() == 1 { 1 } else { team.threads() * CHUNKS_PER_THREAD }
         } else {
-            let wanted = (team.threads() * BLOCKS_PER_THREAD).div_ceil(blocks);
-            wanted.min(rows / MIN_ROWS).max(team.threads().div_ceil(blocks))
+            // A whole number of tasks for each thread, if there are few.
+            let threads = team.threads();
+            let wanted = (threads * BLOCKS_PER_THREAD).div_ceil(blocks).min(rows / MIN_ROWS);
+            (wanted.max(1) * blocks).next_multiple_of(threads).div_ceil(blocks)
         };
         let first = tasks.len();
         for xs in xs.chunks(block) {
