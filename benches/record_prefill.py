@@ -17,13 +17,17 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from record import HERE, commit
 
 from bitnet_rs import _core, bench, system
+from bitnet_rs.engine import PREFILL_TOKENS
 from bitnet_rs.kernel_choice import choose_kernels, describe
 from bitnet_rs.synthetic import synthetic
 
@@ -48,17 +52,26 @@ def repetitions(tokens: int) -> int:
     return 3 if tokens <= 128 else 1
 
 
-def ours(core: _core.Model, name: str, tokens: int) -> dict[str, Any]:
-    """One measurement of reading so many tokens."""
-    report = bench.run(
-        core,
-        name=name,
-        prompt_tokens=tokens,
-        new_tokens=1,
-        repetitions=repetitions(tokens),
-    )
-    kept = ("prefill_tokens_per_s", "prefill_gmac_per_s", "runs", "prefill_profile")
-    return {key: value for key, value in report.to_dict().items() if key in kept}
+def ours(core: _core.Model, tokens: int) -> dict[str, Any]:
+    """Reads so many tokens, as generation does, after a warm-up."""
+    vocab = int(core.facts["vocab_size"])
+    prompt = np.random.default_rng(0).integers(vocab, size=tokens, dtype=np.uint32)
+    bench.prefill(core, prompt[:64], core.new_cache(64), PREFILL_TOKENS)
+    seconds, speeds = [], []
+    for _ in range(repetitions(tokens)):
+        cache = core.new_cache(tokens)
+        core.profile(True)
+        start = time.perf_counter()
+        bench.prefill(core, prompt, cache, PREFILL_TOKENS)
+        seconds.append(time.perf_counter() - start)
+        rows = bench.profile_rows(core, core.profile(False), 1)
+        speeds.append(bench.gmac_per_s(core, tokens, rows))
+    return {
+        "seconds": seconds,
+        "prefill_tokens_per_s": tokens / statistics.median(seconds),
+        "prefill_gmac_per_s": statistics.median(speeds),
+        "profile": [asdict(row) for row in rows],
+    }
 
 
 def theirs(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
@@ -66,7 +79,7 @@ def theirs(options: argparse.Namespace, tokens: int) -> dict[str, Any]:
     command = [options.peer_python, str(HERE / "llama_cpp_decode.py"), "measure"]
     command += [str(options.peer), "--json", "--threads", str(options.threads)]
     command += ["--prompt-tokens", str(tokens), "--new-tokens", "1"]
-    command += ["--repetitions", str(repetitions(tokens))]
+    command += ["--repetitions", "1"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout)
     [result] = found["results"]
@@ -177,15 +190,15 @@ def main() -> None:
             print(f"round {n + 1} of {options.rounds}, {tokens} tokens", file=sys.stderr)
             for way, (core, _) in built.items():
                 if tokens <= 512 or (way == "auto" and n == 0):
-                    runs[way, tokens].append(ours(core, way, tokens))
+                    runs[way, tokens].append(ours(core, tokens))
             if options.peer is not None and tokens in PEER_TOKENS:
                 runs["llama.cpp", tokens].append(theirs(options, tokens))
     chosen = built["auto"][1]
     built.clear()
     others: dict[str, list[dict[str, Any]]] = {}
     for shape in ("2b-4t", "3b", "8b"):
-        core, names = build(shape, "auto", options.threads)
-        others[shape] = [ours(core, names, 512) for _ in range(options.rounds)]
+        core, _ = build(shape, "auto", options.threads)
+        others[shape] = [ours(core, 512) for _ in range(options.rounds)]
         del core
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     record = {

@@ -25,6 +25,7 @@ use crate::error::{Error, invalid};
 use crate::floats::{F16, LANES};
 use crate::memory::{AlignedBytes, Plain};
 use crate::ops::lanes::Load;
+use crate::threads::Team;
 
 /// Positions of a page, which is also a block of the attention's softmax.
 pub(crate) const PAGE: usize = 128;
@@ -151,7 +152,8 @@ impl KvElement for F16 {
 pub(crate) struct Pages<E> {
     pages: Vec<AlignedBytes>,
     head_dim: usize,
-    /// Room for one head's key and value, rounded, before they are written.
+    /// Room for one head's key and value of a single token, rounded, before they are
+    /// written.
     rounded: Vec<E>,
 }
 
@@ -196,47 +198,93 @@ where
         let page = self.pages[position / PAGE].as_mut_slice_of::<Strip<E>>();
         let page = &mut page[head * (keys + values)..][..keys + values];
         let (keys, values) = page.split_at_mut(keys);
-        let position = position % PAGE;
-        let group = &mut keys[position / STRIP * key.len()..][..key.len()];
-        for (strip, &k) in group.iter_mut().zip(key) {
-            strip.0[position % STRIP / LANES][position % LANES] = k;
+        put(keys, values, position % PAGE, key, value);
+    }
+
+    /// The parts of the `n` heads from `head` on, to be written side by side.
+    fn heads(&mut self, head: usize, n: usize, first_page: usize) -> Vec<Head<'_, E>> {
+        let (keys, values) = self.strips();
+        let mut heads: Vec<Head<'_, E>> = (0..n).map(|_| Vec::new()).collect();
+        for page in &mut self.pages[first_page..] {
+            let page = &mut page.as_mut_slice_of::<Strip<E>>()[head * (keys + values)..];
+            for (head, page) in heads.iter_mut().zip(page.chunks_exact_mut(keys + values)) {
+                head.push(page.split_at_mut(keys));
+            }
         }
-        for (strips, v) in values.chunks_exact_mut(PAGE).zip(value.chunks(STRIP)) {
-            strips[position].0.as_flattened_mut()[..v.len()].copy_from_slice(v);
-        }
+        heads
+    }
+}
+
+/// Keys and values of one head, by pages.
+type Head<'a, E> = Vec<(&'a mut [Strip<E>], &'a mut [Strip<E>])>;
+
+/// Writes one position of a page of one head.
+#[inline(always)]
+fn put<E: KvElement>(
+    keys: &mut [Strip<E>],
+    values: &mut [Strip<E>],
+    position: usize,
+    key: &[E],
+    value: &[E],
+) {
+    let group = &mut keys[position / STRIP * key.len()..][..key.len()];
+    for (strip, &k) in group.iter_mut().zip(key) {
+        strip.0[position % STRIP / LANES][position % LANES] = k;
+    }
+    for (strips, v) in values.chunks_exact_mut(PAGE).zip(value.chunks(STRIP)) {
+        strips[position].0.as_flattened_mut()[..v.len()].copy_from_slice(v);
     }
 }
 
 /// Rounds `keys` and `values`, `[token][head][head_dim]`, and writes them to
-/// the `n` heads from `head` on, from position `first` on.
+/// the `n` heads from `head` on, from position `first` on. Of several tokens, heads
+/// are shared out over the team.
 fn write_all<E: KvElement>(
-    isa: Isa,
+    (isa, team): (Isa, &Team),
     pages: &mut Pages<E>,
     (head, n): (usize, usize),
     first: usize,
     keys: &[f32],
     values: &[f32],
 ) where
-    Strip<E>: Plain,
+    Strip<E>: Plain + Send,
 {
     let head_dim = pages.head_dim;
-    isa.vectorize(
-        #[inline(always)]
-        || {
-            let mut rounded = std::mem::take(&mut pages.rounded);
-            let (key, value) = rounded.split_at_mut(head_dim);
-            let tokens = keys.chunks_exact(n * head_dim).zip(values.chunks_exact(n * head_dim));
-            for (i, (k, v)) in tokens.enumerate() {
-                let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
+    let tokens = || keys.chunks_exact(n * head_dim).zip(values.chunks_exact(n * head_dim));
+    if tokens().len() == 1 {
+        return isa.vectorize(
+            #[inline(always)]
+            || {
+                let mut rounded = std::mem::take(&mut pages.rounded);
+                let (key, value) = rounded.split_at_mut(head_dim);
+                let heads = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));
                 for (h, (k, v)) in heads.enumerate() {
                     E::round_all(k, key);
                     E::round_all(v, value);
-                    pages.write(head + h, first + i, key, value);
+                    pages.write(head + h, first, key, value);
                 }
-            }
-            pages.rounded = rounded;
-        },
-    );
+                pages.rounded = rounded;
+            },
+        );
+    }
+    let first_page = first / PAGE;
+    let heads = pages.heads(head, n, first_page);
+    team.for_each(&mut heads.into_iter().enumerate().collect::<Vec<_>>(), |(h, pages)| {
+        let mut rounded = vec![E::default(); 2 * head_dim];
+        let (key, value) = rounded.split_at_mut(head_dim);
+        let part = *h * head_dim..(*h + 1) * head_dim;
+        isa.vectorize(
+            #[inline(always)]
+            || {
+                for (position, (k, v)) in (first - first_page * PAGE..).zip(tokens()) {
+                    E::round_all(&k[part.clone()], key);
+                    E::round_all(&v[part.clone()], value);
+                    let (keys, values) = &mut pages[position / PAGE];
+                    put(keys, values, position % PAGE, key, value);
+                }
+            },
+        );
+    });
 }
 
 /// Keys and values of all layers.
@@ -344,16 +392,17 @@ impl KvCache {
     /// [`advance`](Self::advance), so a pass that fails leaves no trace.
     pub(crate) fn write(
         &mut self,
-        isa: Isa,
+        (isa, team): (Isa, &Team),
         layer: usize,
         first: usize,
         keys: &[f32],
         values: &[f32],
     ) {
+        let on = (isa, team);
         let heads = (layer * self.shape.n_kv_heads, self.shape.n_kv_heads);
         match &mut self.storage {
-            Storage::F16(pages) => write_all(isa, pages, heads, first, keys, values),
-            Storage::F32(pages) => write_all(isa, pages, heads, first, keys, values),
+            Storage::F16(pages) => write_all(on, pages, heads, first, keys, values),
+            Storage::F32(pages) => write_all(on, pages, heads, first, keys, values),
         }
     }
 
@@ -378,7 +427,7 @@ mod tests {
         let mut cache = KvCache::new(shape, 3, KvDtype::F16).unwrap();
         assert!(cache.reserve(4).is_err());
         cache.reserve(2).unwrap();
-        cache.write(Isa::GENERIC, 0, 0, &[1.0; 8], &[2.0; 8]);
+        cache.write((Isa::GENERIC, &Team::new(Some(1)).unwrap()), 0, 0, &[1.0; 8], &[2.0; 8]);
         cache.advance(2);
         assert!(cache.truncate(3).is_err());
         assert!(cache.truncate(1).is_ok());

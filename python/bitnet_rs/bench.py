@@ -241,7 +241,7 @@ def run(
         alone_percent=sum(row.percent for row in profile if row.alone),
         profile=profile,
         prefill_profile=prefill_profile,
-        prefill_gmac_per_s=_gmac_per_s(core, prompt_tokens, prefill_profile),
+        prefill_gmac_per_s=gmac_per_s(core, prompt_tokens, prefill_profile),
         packed_bytes=int(core.facts["packed_bytes"]),
         peak_rss_bytes=peak,
         cpu=system.cpu_name(),
@@ -287,7 +287,7 @@ def _kv_bytes(core: _core.Model, kv_dtype: Literal["f16", "f32"]) -> int:
     return int(facts["n_layers"]) * per_layer * (2 if kv_dtype == "f16" else 4)
 
 
-def _prefill(
+def prefill(
     core: _core.Model,
     prompt: NDArray[np.uint32],
     cache: _core.KvCache,
@@ -318,7 +318,7 @@ def _run_once(
 ) -> Run:
     cache = core.new_cache(len(prompt) + new_tokens, kv_dtype)
     start = time.perf_counter()
-    token = _prefill(core, prompt, cache, chunk_tokens)
+    token = prefill(core, prompt, cache, chunk_tokens)
     prefilled = time.perf_counter()
     _decode(core, token, cache, new_tokens)
     return Run(prefilled - start, time.perf_counter() - prefilled)
@@ -334,16 +334,17 @@ def _profile(
     """Where the time of reading the prompt goes, and that of a decoding step."""
     cache = core.new_cache(len(prompt) + new_tokens, kv_dtype)
     core.profile(True)
-    token = _prefill(core, prompt, cache, chunk_tokens)
-    prefill = core.profile(True)
+    token = prefill(core, prompt, cache, chunk_tokens)
+    read = core.profile(True)
     _decode(core, token, cache, new_tokens)
     decode = core.profile(False)
-    return _rows(core, prefill, 1), _rows(core, decode, new_tokens)
+    return profile_rows(core, read, 1), profile_rows(core, decode, new_tokens)
 
 
-def _rows(
+def profile_rows(
     core: _core.Model, laps: list[tuple[str, int, float, float]], steps: int
 ) -> list[ProfileRow]:
+    """The parts of passes, from what `core.profile` returned of so many steps."""
     total = sum(wall for _, _, wall, _ in laps)
     return [
         ProfileRow(
@@ -358,8 +359,8 @@ def _rows(
     ]
 
 
-def _gmac_per_s(core: _core.Model, prompt_tokens: int, profile: list[ProfileRow]) -> float:
-    """Speed of the ternary matrices, for each thread."""
+def gmac_per_s(core: _core.Model, prompt_tokens: int, profile: list[ProfileRow]) -> float:
+    """Speed of the ternary matrices while reading a prompt, for each thread."""
     facts = core.facts
     layer = int(facts["ternary_params"]) / int(facts["n_layers"])
     kv = 2 * int(facts["n_kv_heads"]) * int(facts["head_dim"]) * int(facts["hidden_size"])

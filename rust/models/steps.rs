@@ -121,7 +121,7 @@ pub(super) fn place(
     let mut at = 0;
     for Segment { tokens, cache } in batch.iter_mut() {
         let part = at * kv_width..(at + tokens.len()) * kv_width;
-        cache.write(m.isa, layer, cache.len(), &k[part.clone()], &v[part]);
+        cache.write((m.isa, &m.team), layer, cache.len(), &k[part.clone()], &v[part]);
         at += tokens.len();
     }
 }

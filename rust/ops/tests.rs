@@ -173,7 +173,7 @@ fn the_head_is_the_same_everywhere_and_right() {
 fn cache(shape: KvShape, dtype: KvDtype, keys: &[f32], values: &[f32], n: usize) -> KvCache {
     let mut cache = KvCache::new(shape, n + 3, dtype).unwrap();
     cache.reserve(n).unwrap();
-    cache.write(Isa::GENERIC, 0, 0, keys, values);
+    cache.write((Isa::GENERIC, &Team::new(Some(1)).unwrap()), 0, 0, keys, values);
     cache.advance(n);
     cache
 }
