@@ -186,10 +186,11 @@ pub(super) fn gemm_parts(
     for (block, xs) in xs.chunks(INPUTS).enumerate() {
         let mut at = 0;
         for (i, &unit) in units.iter().enumerate() {
-            // A remainder that is worth this unit, but no smaller one.
+            // What is left of whole units is one more if the next smaller unit and `few`
+            // inputs do not hold it: 17 inputs are 16 and one, not 32.
             let rest = (xs.len() - at) % unit;
-            let end = if rest > units.get(i + 1).copied().unwrap_or(few) { 0 } else { rest };
-            let end = xs.len() - end;
+            let smaller = units.get(i + 1).copied().unwrap_or(0) + few;
+            let end = if rest > smaller { xs.len() } else { xs.len() - rest };
             if end > at {
                 multiply(unit, parts, &xs[at..end], block * INPUTS + at);
                 at = end;

@@ -18,6 +18,7 @@ use std::ops::Range;
 /// Rows that layouts interleave are those that a tile multiplies together.
 pub(super) use super::super::generic::blocks::ROWS;
 use super::super::{PackedMatrix, Prepared};
+use super::prefetch_at;
 
 /// Columns that are unpacked together: a common multiple of the 256 columns of
 /// an i2 block and the 320 of a t5 block. Two of them would overflow the int16
@@ -89,8 +90,14 @@ pub(super) unsafe fn gemm<P: Copy>(
             let mut sums = [[[0; ROWS]; TOKEN_BLOCK]; GROUPS];
             for start in (0..w.cols).step_by(CHUNK) {
                 for (g, codes) in codes.0[..groups].iter_mut().enumerate() {
+                    // The same columns of the next groups: weights that are in no cache come
+                    // in pieces, which hardware prefetchers do not follow.
+                    let group = w.group(first + g * ROWS);
+                    let at = start * group.len() / w.cols;
+                    let piece = &group[at..group.len().min(at + CHUNK * group.len() / w.cols)];
+                    prefetch_at(piece, GROUPS * group.len());
                     // SAFETY: the caller says that the CPU has what it needs.
-                    unsafe { unpack(w.group(first + g * ROWS), w.cols, start, codes) };
+                    unsafe { unpack(group, w.cols, start, codes) };
                 }
                 let cols = CHUNK.min(w.cols - start);
                 for (r, xs) in xs.chunks(RUN).enumerate() {
