@@ -74,6 +74,10 @@ pub(super) const INPUTS: usize = 32;
 /// More rows share a table's cost.
 const TILE_BYTES: usize = 2560 * 128;
 
+/// Inputs left over beside a narrow unit, for which another kernel goes over the
+/// weights once more: four take what a wide unit takes more than a narrow one.
+const BESIDE: usize = 3;
+
 /// Tables of a pass at most.
 const MAX_TABLES: usize = 4;
 
@@ -186,10 +190,10 @@ pub(super) fn gemm_parts(
     for (block, xs) in xs.chunks(INPUTS).enumerate() {
         let mut at = 0;
         for (i, &unit) in units.iter().enumerate() {
-            // What is left of whole units is one more if the next smaller unit and `few`
-            // inputs do not hold it: 17 inputs are 16 and one, not 32.
+            // What is left of whole units is one more, unless the next smaller unit and a
+            // few inputs beside it hold it: 17 inputs are 16 and one, not 32.
             let rest = (xs.len() - at) % unit;
-            let smaller = units.get(i + 1).copied().unwrap_or(0) + few;
+            let smaller = units.get(i + 1).map_or(few, |next| next + BESIDE);
             let end = if rest > smaller { xs.len() } else { xs.len() - rest };
             if end > at {
                 multiply(unit, parts, &xs[at..end], block * INPUTS + at);
