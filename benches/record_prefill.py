@@ -222,7 +222,7 @@ def main() -> None:
         way: {n: v for n in TOKENS if (v := median(runs, way, n, speed)) is not None}
         for way in columns
     }
-    one = {"auto": f"auto ({chosen})", "llama.cpp": "llama.cpp TQ2_0"}
+    one = {"llama.cpp": "llama.cpp TQ2_0"}
     level = None
     if limit is not None:
         macs = 2.0840e9  # of a token of this shape
