@@ -27,8 +27,8 @@ use crate::kv_cache::{KvElement, PAGE, Pages, STRIP, Storage, Strip};
 use crate::memory::Plain;
 
 /// Queries that share the loads of keys and values: as many sums as AVX2 has
-/// registers for beside a strip and a factor. Six multiply-adds of two registers
-/// need three loads in two cycles, which the machine has to spare.
+/// registers for beside a strip and a factor. Twelve multiply-adds, six cycles of two
+/// pipes, then need eight loads, four cycles of two.
 const TILE: usize = 6;
 
 /// Queries of a task: their scores take 24 KB.
