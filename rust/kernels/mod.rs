@@ -113,6 +113,12 @@ pub trait Kernel: Send + Sync {
         usize::MAX
     }
 
+    /// The name of a kernel of the same layout that does steps of up to so many inputs
+    /// for this one: there, the two are as fast, whatever a clock says.
+    fn few_inputs(&self) -> Option<(&'static str, usize)> {
+        None
+    }
+
     /// [`gemm`](Kernel::gemm) for parts of several matrices of one width.
     /// Overridden where they can share what is made of the inputs.
     fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {

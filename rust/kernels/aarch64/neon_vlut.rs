@@ -54,6 +54,10 @@ impl Kernel for NeonI2Vlut {
         self.1.gemv(w, rows, x, y);
     }
 
+    fn few_inputs(&self) -> Option<(&'static str, usize)> {
+        Some(("neon-i2", FEW))
+    }
+
     fn block_inputs(&self) -> usize {
         INPUTS
     }

@@ -49,6 +49,10 @@ impl Kernel for Avx2I2Vlut {
         self.1.gemv(w, rows, x, y);
     }
 
+    fn few_inputs(&self) -> Option<(&'static str, usize)> {
+        Some(("avx2-i2", FEW))
+    }
+
     fn block_inputs(&self) -> usize {
         INPUTS
     }
@@ -82,6 +86,10 @@ impl Kernel for Avx2T5Vlut {
 
     fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
         self.1.gemv(w, rows, x, y);
+    }
+
+    fn few_inputs(&self) -> Option<(&'static str, usize)> {
+        Some(("avx2-t5", FEW))
     }
 
     fn block_inputs(&self) -> usize {

@@ -44,6 +44,10 @@ impl Kernel for Avx512I2Vlut {
         self.1.gemv(w, rows, x, y);
     }
 
+    fn few_inputs(&self) -> Option<(&'static str, usize)> {
+        Some(("avx512-i2", FEW))
+    }
+
     fn block_inputs(&self) -> usize {
         INPUTS
     }
