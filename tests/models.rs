@@ -191,6 +191,9 @@ fn kernels_may_change_with_the_number_of_rows() {
     let ids = tokens(60, 4);
     let isa = Isa::best().unwrap();
     each(|model_type, sizes, dtype| {
+        if dtype == KvDtype::F32 {
+            return; // not what changes here, and scalar code is slow
+        }
         let right = {
             let model = build(model_type, sizes, "generic-i2", 1);
             run(&*model, &mut cache(&*model, dtype), &ids)
