@@ -193,7 +193,9 @@ def main() -> None:
                     runs[way, tokens].append(ours(core, tokens))
             if options.peer is not None and tokens in PEER_TOKENS:
                 runs["llama.cpp", tokens].append(theirs(options, tokens))
-    chosen = built["auto"][1]
+    core, chosen = built["auto"]
+    macs = int(core.facts["ternary_params"])  # of a token
+    del core
     built.clear()
     others: dict[str, list[dict[str, Any]]] = {}
     for shape in ("2b-4t", "3b", "8b"):
@@ -209,7 +211,7 @@ def main() -> None:
         "threads": options.threads,
         "kernels": chosen,
         "dot_peak_gmac_per_s": limit,
-        "command": "python benches/record_prefill.py",
+        "command": f"python benches/record_prefill.py --rounds {options.rounds}",
         "runs": [
             {"way": way, "tokens": tokens, "runs": found} for (way, tokens), found in runs.items()
         ],
@@ -225,7 +227,6 @@ def main() -> None:
     one = {"llama.cpp": "llama.cpp TQ2_0"}
     level = None
     if limit is not None:
-        macs = 2.0840e9  # of a token of this shape
         level = (
             f"{limit:.0f} GMAC/s a core: dot-product peak",
             limit * 1e9 * options.threads / macs,

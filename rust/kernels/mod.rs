@@ -302,7 +302,8 @@ impl Prepared {
     }
 
     /// Turns the exact integer sum `acc = sum(q * t)` of a row into its
-    /// output. The one place where integers become floats. First by `s`, then
+    /// output. Integers become floats here, and by the same operations in vectors in
+    /// `Lines::rescale` of `vlut.rs`; nowhere else. First by `s`, then
     /// by the weights' scale: the order of `AutoBitLinear` in transformers and
     /// of I2_S in bitnet.cpp (docs/numerics.md has the others that were tried).
     #[inline(always)]
@@ -526,7 +527,7 @@ fn tasks<'a, const N: usize, const GROUPS: usize>(
         let block = kernel.block_inputs().min(xs.len());
         let blocks = xs.len().div_ceil(block);
         let rows: usize = products.iter().map(|(w, _)| w.rows).sum();
-        let cuts = if block == xs.len() && kernel.block_inputs() == usize::MAX {
+        let cuts = if kernel.block_inputs() == usize::MAX {
             if team.threads() == 1 { 1 } else { team.threads() * CHUNKS_PER_THREAD }
         } else {
             // A whole number of tasks for each thread, if there are few.

@@ -38,7 +38,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::generic::blocks::{BLOCK_BYTES, Cut, ROWS};
-use super::{Kernel, Part, Prepared};
+use super::{Kernel, Layout, PackedMatrix, Part, Prepared};
 use crate::memory::{AlignedBytes, Plain};
 
 /// Lanes of int16 in half a line.
@@ -67,7 +67,7 @@ const STRIDE: usize = 256 + 13;
 /// Inputs that share the indices of a block of columns, which take a tenth of the time.
 /// For 64 they would take half that, but sums of 64 leave L2 room for fewer rows, and
 /// tables cost more: no faster in all (Zen 3, 512 KB of L2).
-pub(super) const INPUTS: usize = 32;
+const BLOCK: usize = 32;
 
 /// What a tile's rows may take of L2: int16 sums and the indices of a block of columns.
 /// More rows share a table's cost.
@@ -175,39 +175,83 @@ struct Piece {
     rows: Range<usize>,
 }
 
-/// [`Kernel::gemm_parts`]: `multiply` is given up to [`INPUTS`] inputs in `units` of
-/// [`WIDE`] or [`LANES`], the larger first, and where they begin. Of what is left over,
-/// `few` inputs or less are left to another kernel.
-pub(super) fn gemm_parts(
-    other: &dyn Kernel,
+/// The kernel of a layout and an instruction set whose [`gemm`] `multiply` enters:
+/// it is told whether wide, and where its inputs' outputs begin.
+pub(super) struct Vlut<K, F> {
+    name: &'static str,
+    /// What does single inputs, and remainders of up to `few`.
+    other: K,
     few: usize,
-    units: &[usize],
-    parts: &mut [Part<'_>],
-    xs: &[Prepared],
-    multiply: impl Fn(usize, &mut [Part<'_>], &[Prepared], usize),
-) {
-    for (block, xs) in xs.chunks(INPUTS).enumerate() {
-        let mut at = 0;
-        for (i, &unit) in units.iter().enumerate() {
-            // What is left of whole units is one more, unless the next smaller unit and a
-            // few inputs beside it hold it: 17 inputs are 16 and one, not 32.
-            let rest = (xs.len() - at) % unit;
-            let smaller = units.get(i + 1).map_or(few, |next| next + BESIDE);
-            let end = if rest > smaller { xs.len() } else { xs.len() - rest };
-            if end > at {
-                multiply(unit, parts, &xs[at..end], block * INPUTS + at);
-                at = end;
+    /// Inputs of a pass, [`WIDE`] or [`LANES`], the larger first.
+    units: &'static [usize],
+    multiply: F,
+}
+
+impl<K, F> Vlut<K, F>
+where
+    K: Kernel,
+    F: Fn(bool, &mut [Part<'_>], &[Prepared], usize) + Send + Sync,
+{
+    pub(super) fn new(
+        name: &'static str,
+        other: K,
+        few: usize,
+        units: &'static [usize],
+        multiply: F,
+    ) -> Self {
+        Self { name, other, few, units, multiply }
+    }
+}
+
+impl<K, F> Kernel for Vlut<K, F>
+where
+    K: Kernel,
+    F: Fn(bool, &mut [Part<'_>], &[Prepared], usize) + Send + Sync,
+{
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn layout(&self) -> &'static dyn Layout {
+        self.other.layout()
+    }
+
+    fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
+        self.other.gemv(w, rows, x, y);
+    }
+
+    fn few_inputs(&self) -> Option<(&'static str, usize)> {
+        Some((self.other.name(), self.few))
+    }
+
+    fn block_inputs(&self) -> usize {
+        BLOCK
+    }
+
+    fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
+        for (block, xs) in xs.chunks(BLOCK).enumerate() {
+            let mut at = 0;
+            for (i, &unit) in self.units.iter().enumerate() {
+                // What is left of whole units is one more, unless the next smaller unit and a
+                // few inputs beside it hold it: 17 inputs are 16 and one, not 32.
+                let rest = (xs.len() - at) % unit;
+                let smaller = self.units.get(i + 1).map_or(self.few, |next| next + BESIDE);
+                let end = if rest > smaller { xs.len() } else { xs.len() - rest };
+                if end > at {
+                    (self.multiply)(unit == WIDE, parts, &xs[at..end], block * BLOCK + at);
+                    at = end;
+                }
             }
-        }
-        if at < xs.len() {
-            for Part { w, rows, ys } in &mut *parts {
-                other.gemm(w, rows.clone(), &xs[at..], &mut ys[block * INPUTS + at..]);
+            if at < xs.len() {
+                for Part { w, rows, ys } in &mut *parts {
+                    self.other.gemm(w, rows.clone(), &xs[at..], &mut ys[block * BLOCK + at..]);
+                }
             }
         }
     }
 }
 
-/// Multiplies parts of matrices by up to [`INPUTS`] inputs, in passes of `T` tables;
+/// Multiplies parts of matrices by up to [`BLOCK`] inputs, in passes of `T` tables;
 /// outputs are those from `first` on.
 ///
 /// To be inlined into a function compiled for the instruction set of `l`.
@@ -223,7 +267,7 @@ pub(super) fn gemm<const F: usize, const T: usize, L: Build<F>>(
         static SCRATCH: RefCell<Scratch> = RefCell::default();
     }
     let Some(cols) = parts.first().map(|p| p.w.cols) else { return };
-    assert!(xs.len() <= INPUTS && parts.iter().all(|p| p.w.cols == cols));
+    assert!(xs.len() <= BLOCK && parts.iter().all(|p| p.w.cols == cols));
     let lanes = if wide { WIDE } else { LANES };
     let total: usize = parts.iter().map(|p| p.rows.len().next_multiple_of(ROWS)).sum();
     let row_bytes = BLOCK_BYTES + xs.len().next_multiple_of(lanes) * size_of::<i16>();
@@ -277,7 +321,7 @@ fn multiply_tile<const F: usize, const T: usize, L: Build<F>>(
     let sums: &mut [i16] = scratch.sums.as_mut_slice_of();
     let wide_sums: &mut [i32] = scratch.wide_sums.as_mut_slice_of();
     let [tables] = scratch.tables.as_mut_slice_of::<Tables>() else { unreachable!("sized above") };
-    let mut bounds = [Bound { sums: [0; WIDE], fresh: true, wide_fresh: true }; INPUTS / LANES];
+    let mut bounds = [Bound { sums: [0; WIDE], fresh: true, wide_fresh: true }; BLOCK / LANES];
 
     let cut = Cut::<F>::new(parts[0].w.cols);
     for block in 0..cut.blocks + usize::from(cut.tail > 0) {

@@ -6,7 +6,7 @@
 
 use super::batch::{self, Segment, Wanted};
 use super::scratch::{Scratch, Scratches};
-use super::steps::{self, angles, attention, embed, norm_prepare, place, prepare, turn, zip_rows};
+use super::steps::{self, angles, attention, embed, norm_prepare, prepare, q_k_v, zip_rows};
 use super::weights::{Embeddings, ternary, vector};
 use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
 use crate::error::Error;
@@ -112,32 +112,12 @@ impl Llama {
         for (index, layer) in self.layers.iter().enumerate() {
             norm_prepare(m, &s.h, &layer.input_layernorm, eps, &mut s.normed, &mut s.xs);
             m.team.lap("norm, quantize");
-            if index + 1 == self.layers.len() && wants.len() < s.rows.len() {
-                // What the last layer computes is looked at where logits are wanted, but
-                // for keys and values.
-                let products = [(&layer.k_proj, &mut s.k[..]), (&layer.v_proj, &mut s.v)];
-                multiply(&m.team, &s.xs, products);
-                m.team.lap("q, k, v");
-                place(m, d, index, &s.angles, batch, [&mut [], &mut s.k, &mut s.v]);
-                m.team.lap("rotate, cache");
-                s.keep(m, d, &mut wants);
-                if wants.is_empty() {
-                    break;
-                }
-                multiply(&m.team, &s.xs, [(&layer.q_proj, &mut s.q)]);
-                m.team.lap("q, k, v");
-                turn(m, d, &s.angles, &mut s.q);
-            } else {
-                let products = [
-                    (&layer.q_proj, &mut s.q[..]),
-                    (&layer.k_proj, &mut s.k),
-                    (&layer.v_proj, &mut s.v),
-                ];
-                multiply(&m.team, &s.xs, products);
-                m.team.lap("q, k, v");
-                place(m, d, index, &s.angles, batch, [&mut s.q, &mut s.k, &mut s.v]);
+            let projections = [&layer.q_proj, &layer.k_proj, &layer.v_proj];
+            let last = index + 1 == self.layers.len();
+            q_k_v(m, d, index, projections, s, batch, last.then_some(&mut wants));
+            if s.rows.is_empty() {
+                break;
             }
-            m.team.lap("rotate, cache");
             attention(m, d, index, &s.rows, batch, &s.q, &mut s.parts, &mut s.attended)?;
             m.team.lap("attention");
             prepare(m, &s.attended, d.q_width(), &mut s.xs);

@@ -7,11 +7,11 @@
 //! attention are dealt out.
 
 use super::batch::{Row, Want};
-use super::scratch::resize;
+use super::scratch::{Scratch, resize};
 use super::weights::Embeddings;
 use super::{Dims, Logits, Machine, Segment};
 use crate::error::Error;
-use crate::kernels::Prepared;
+use crate::kernels::{PackedMatrix, Prepared, multiply};
 use crate::ops::attention::{Keys, attend, attend_blocks, block_width, merge_blocks};
 use crate::ops::attention_rows::{QUERIES, attend_rows};
 use crate::ops::dense::DenseMatrix;
@@ -92,12 +92,9 @@ pub(super) fn zip_rows(
 }
 
 /// Turns rows of queries or of keys to their positions.
-pub(super) fn turn(m: &Machine, dims: &Dims, angles: &[f32], x: &mut [f32]) {
+fn turn(m: &Machine, dims: &Dims, angles: &[f32], x: &mut [f32]) {
     let head_dim = dims.head_dim;
-    let Some(width) = x.len().checked_div(angles.len() / head_dim).filter(|width| *width > 0)
-    else {
-        return;
-    };
+    let width = x.len() / (angles.len() / head_dim);
     m.team.split(x, width, 1, |start, x| {
         for (i, x) in x.chunks_exact_mut(width).enumerate() {
             rotate(m.isa, &angles[(start / width + i) * head_dim..][..head_dim], x);
@@ -105,17 +102,15 @@ pub(super) fn turn(m: &Machine, dims: &Dims, angles: &[f32], x: &mut [f32]) {
     });
 }
 
-/// Turns queries, if there are any, and keys to their positions, and writes keys
-/// and values of `layer` to the caches.
-pub(super) fn place(
+/// Turns keys to their positions, and writes keys and values of `layer` to the caches.
+fn place(
     m: &Machine,
     dims: &Dims,
     layer: usize,
     angles: &[f32],
     batch: &mut [Segment<'_>],
-    [q, k, v]: [&mut [f32]; 3],
+    [k, v]: [&mut [f32]; 2],
 ) {
-    turn(m, dims, angles, q);
     turn(m, dims, angles, k);
     let kv_width = dims.kv_width();
     let mut at = 0;
@@ -124,6 +119,39 @@ pub(super) fn place(
         cache.write((m.isa, &m.team), layer, cache.len(), &k[part.clone()], &v[part]);
         at += tokens.len();
     }
+}
+
+/// Queries, keys and values of a layer, turned, and the latter two in the caches. In
+/// the last layer, which is given what is `wanted`, only rows of which logits are
+/// wanted have a use for more than keys and values: `s` keeps no others, perhaps none.
+pub(super) fn q_k_v(
+    m: &Machine,
+    dims: &Dims,
+    layer: usize,
+    [q_proj, k_proj, v_proj]: [&PackedMatrix; 3],
+    s: &mut Scratch,
+    batch: &mut [Segment<'_>],
+    wanted: Option<&mut Vec<(usize, Want)>>,
+) {
+    if let Some(wants) = wanted.filter(|wants| wants.len() < s.rows.len()) {
+        multiply(&m.team, &s.xs, [(k_proj, &mut s.k[..]), (v_proj, &mut s.v)]);
+        m.team.lap("q, k, v");
+        place(m, dims, layer, &s.angles, batch, [&mut s.k, &mut s.v]);
+        m.team.lap("rotate, cache");
+        s.keep(m, dims, wants);
+        if s.rows.is_empty() {
+            return;
+        }
+        multiply(&m.team, &s.xs, [(q_proj, &mut s.q)]);
+        m.team.lap("q, k, v");
+    } else {
+        let products = [(q_proj, &mut s.q[..]), (k_proj, &mut s.k), (v_proj, &mut s.v)];
+        multiply(&m.team, &s.xs, products);
+        m.team.lap("q, k, v");
+        place(m, dims, layer, &s.angles, batch, [&mut s.k, &mut s.v]);
+    }
+    turn(m, dims, &s.angles, &mut s.q);
+    m.team.lap("rotate, cache");
 }
 
 /// `out[row] = attention(q[row])`.

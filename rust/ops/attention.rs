@@ -1,6 +1,6 @@
 //! Attention of one token's query heads over one key/value head (grouped
-//! heads, GQA). Prefill and decode call the same function, so they give the
-//! same bits.
+//! heads, GQA), and the definition of it. Of several tokens `attention_rows.rs`
+//! computes the same, bit for bit.
 //!
 //! The definition, for one query head:
 //!
@@ -178,6 +178,12 @@ where
     }
 }
 
+/// What scores are multiplied by: rounded once, from float64, as transformers'
+/// `head_dim**-0.5`.
+pub(super) fn score_scale(head_dim: usize) -> f32 {
+    (1.0 / (head_dim as f64).sqrt()) as f32
+}
+
 /// One block of `n` keys for `H` query heads, `S` groups of strips at once.
 // Closures say `#[inline(always)]`: one that is not inlined is compiled for no
 // instruction set.
@@ -191,8 +197,7 @@ fn block<const H: usize, const S: usize, E: KvElement, L: Lanes>(
     parts: &mut [f32],
 ) {
     let width = block_width(head_dim);
-    // Rounded once, from float64, as transformers' `head_dim**-0.5`.
-    let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
+    let scale = score_scale(head_dim);
     let mut p = [[[0f32; LANES]; KEY_BLOCK / LANES]; H];
     scores::<H, S, E, L>(l, q, page.keys, head_dim, n, scale, &mut p);
     for h in 0..H {

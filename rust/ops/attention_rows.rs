@@ -1,7 +1,7 @@
 //! Attention of several consecutive tokens, as prefill has them: the definition
 //! of `attention.rs`, bit for bit, with keys and values loaded once for a tile of
 //! queries instead of once for each token. Apart because nothing but the
-//! definition and two of its functions is shared.
+//! definition and three of its functions is shared.
 //!
 //! A query is one query head of one token. For a block of keys:
 //!
@@ -19,7 +19,7 @@
 //! drops those of a block that is not full; over values no chain is longer than
 //! in the definition.
 
-use super::attention::{KEY_BLOCK, Keys, block_width, merge, weights};
+use super::attention::{KEY_BLOCK, Keys, block_width, merge, score_scale, weights};
 use super::lanes::{LaneOp, Lanes, dispatch};
 use crate::cpu::Isa;
 use crate::floats::LANES;
@@ -84,8 +84,7 @@ where
         let Self { q, pages, kv_head, head_dim, n_keys, out } = self;
         let (n_tokens, heads) = (q.len(), q[0].len() / head_dim);
         let n = n_tokens * heads;
-        // Rounded once, from float64, as transformers' `head_dim**-0.5`.
-        let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
+        let scale = score_scale(head_dim);
         let mut queries: Vec<&[f32]> = Vec::with_capacity(n);
         for q in q {
             queries.extend(q.chunks_exact(head_dim));

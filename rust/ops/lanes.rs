@@ -1,8 +1,8 @@
 //! The few instructions that the hot loops of the float half are written in:
 //! sixteen float32 lanes, loads from the stored types, one fused multiply-add,
-//! an integer dot product and a prefetch. Not a SIMD library: the four loops
-//! over it (dot products of the head and of its scan, attention's scores,
-//! attention's values) need just these.
+//! an integer dot product and a prefetch. Not a SIMD library: the loops over
+//! it (dot products of the head and of its scan, attention's scores and values, of
+//! one token and of several) need just these.
 //!
 //! The compiler vectorizes plain loops over `[f32; 16]` well, but it keeps
 //! arrays of accumulators in memory. With values of a register type it keeps

@@ -2,7 +2,7 @@
 //! threads. Every op has one order of operations, which is part of its
 //! definition (docs/numerics.md). Most are plain loops, which
 //! [`Isa::vectorize`](crate::cpu::Isa::vectorize) compiles for each instruction
-//! set; the hot three are written over `lanes`. Either way one source is both
+//! set; the hot ones are written over `lanes`. Either way one source is both
 //! the scalar twin and the fast version.
 
 pub mod activation;

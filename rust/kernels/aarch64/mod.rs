@@ -25,7 +25,7 @@ pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
         Proof::Generic => {}
         Proof::Neon(proof) => {
             kernels.push((isa, Box::new(neon_i2::NeonI2::new(proof))));
-            kernels.push((isa, Box::new(neon_vlut::NeonI2Vlut::new(proof))));
+            kernels.push((isa, Box::new(neon_vlut::i2(proof))));
             kernels.push((isa, Box::new(neon_t5::NeonT5::new(proof))));
             for (name, layout) in [("neon-tl2", tl2::layout()), ("neon-tl1", tl1::layout())] {
                 kernels.push((isa, Box::new(neon_elut::NeonElut::new(proof, name, layout))));

@@ -5,14 +5,11 @@
 //! pass. The tile of `neon_tile.rs` needs eight multiplications for as many.
 
 use std::arch::aarch64::*;
-use std::ops::Range;
 
 use super::super::generic::blocks::ROWS;
-use super::super::generic::i2::{FIELDS, I2};
-use super::super::vlut::{
-    self, Build, INPUTS, LANES, Line, Lines, Table, Tables, WIDE, pass_bytes,
-};
-use super::super::{Kernel, Layout, PackedMatrix, Part, Prepared};
+use super::super::generic::i2::FIELDS;
+use super::super::vlut::{self, Build, LANES, Line, Lines, Table, Tables, Vlut, WIDE, pass_bytes};
+use super::super::{Kernel, Part, Prepared};
 use super::neon_i2::NeonI2;
 use super::neon_tile::{load as load_u8, load_i8};
 use crate::cpu::Neon;
@@ -33,41 +30,13 @@ const STEP: usize = 16;
 /// Half a line.
 type Half = [int16x8_t; 2];
 
-pub(super) struct NeonI2Vlut(Neon, NeonI2);
-
-impl NeonI2Vlut {
-    pub(super) fn new(proof: Neon) -> Self {
-        Self(proof, NeonI2::new(proof))
-    }
-}
-
-impl Kernel for NeonI2Vlut {
-    fn name(&self) -> &'static str {
-        "neon-i2-vlut"
-    }
-
-    fn layout(&self) -> &'static dyn Layout {
-        &I2
-    }
-
-    fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
-        self.1.gemv(w, rows, x, y);
-    }
-
-    fn few_inputs(&self) -> Option<(&'static str, usize)> {
-        Some(("neon-i2", FEW))
-    }
-
-    fn block_inputs(&self) -> usize {
-        INPUTS
-    }
-
-    fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
-        vlut::gemm_parts(&self.1, FEW, &[WIDE, LANES], parts, xs, |unit, parts, xs, first| {
-            // SAFETY: `self.0` proves that the CPU has NEON.
-            unsafe { multiply(self.0, unit == WIDE, parts, xs, first) }
-        });
-    }
+/// Tables over i2.
+pub(super) fn i2(proof: Neon) -> impl Kernel {
+    let units = &[WIDE, LANES];
+    Vlut::new("neon-i2-vlut", NeonI2::new(proof), FEW, units, move |wide, parts, xs, first| {
+        // SAFETY: `proof` says that the CPU has NEON.
+        unsafe { multiply(proof, wide, parts, xs, first) }
+    })
 }
 
 #[target_feature(enable = "neon")]

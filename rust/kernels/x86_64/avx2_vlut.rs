@@ -2,15 +2,12 @@
 //! they are and the loops around these are in `vlut.rs`.
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 use super::super::generic::blocks::ROWS;
-use super::super::generic::i2::{FIELDS as I2_FIELDS, I2};
-use super::super::generic::t5::{FIELDS as T5_FIELDS, PAIRS, SIGN, T5, TRIPLES, TRITS};
-use super::super::vlut::{
-    self, Build, INPUTS, LANES, Line, Lines, Table, Tables, WIDE, pass_bytes,
-};
-use super::super::{Kernel, Layout, PackedMatrix, Part, Prepared};
+use super::super::generic::i2::FIELDS as I2_FIELDS;
+use super::super::generic::t5::{FIELDS as T5_FIELDS, PAIRS, SIGN, TRIPLES, TRITS};
+use super::super::vlut::{self, Build, LANES, Line, Lines, Table, Tables, Vlut, WIDE, pass_bytes};
+use super::super::{Kernel, Part, Prepared};
 use super::avx2_i2::Avx2I2;
 use super::avx2_t5::Avx2T5;
 use super::prefetch_at;
@@ -25,83 +22,24 @@ const T5_TABLES: usize = 1;
 
 /// Inputs left over from whole blocks that are still worth tables: for fewer,
 /// dot products are as fast.
-pub(super) const FEW: usize = 8;
+const FEW: usize = 8;
 
-/// Vector look-up tables over i2.
-pub(super) struct Avx2I2Vlut(Avx2, Avx2I2);
-
-impl Avx2I2Vlut {
-    pub(super) fn new(proof: Avx2) -> Self {
-        Self(proof, Avx2I2::new(proof))
-    }
+/// Tables over i2.
+pub(super) fn i2(proof: Avx2) -> impl Kernel {
+    let units = &[WIDE, LANES];
+    Vlut::new("avx2-i2-vlut", Avx2I2::new(proof), FEW, units, move |wide, parts, xs, first| {
+        // SAFETY: `proof` says that the CPU has AVX2.
+        unsafe { multiply_i2(proof, wide, parts, xs, first) }
+    })
 }
 
-impl Kernel for Avx2I2Vlut {
-    fn name(&self) -> &'static str {
-        "avx2-i2-vlut"
-    }
-
-    fn layout(&self) -> &'static dyn Layout {
-        &I2
-    }
-
-    fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
-        self.1.gemv(w, rows, x, y);
-    }
-
-    fn few_inputs(&self) -> Option<(&'static str, usize)> {
-        Some(("avx2-i2", FEW))
-    }
-
-    fn block_inputs(&self) -> usize {
-        INPUTS
-    }
-
-    fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
-        vlut::gemm_parts(&self.1, FEW, &[WIDE, LANES], parts, xs, |unit, parts, xs, first| {
-            // SAFETY: `self.0` proves that the CPU has AVX2.
-            unsafe { multiply_i2(self.0, unit == WIDE, parts, xs, first) }
-        });
-    }
-}
-
-/// Vector look-up tables over t5. Narrow only: a wide pass would add one table
-/// for each trip of a row's sums.
-pub(super) struct Avx2T5Vlut(Avx2, Avx2T5);
-
-impl Avx2T5Vlut {
-    pub(super) fn new(proof: Avx2) -> Self {
-        Self(proof, Avx2T5::new(proof))
-    }
-}
-
-impl Kernel for Avx2T5Vlut {
-    fn name(&self) -> &'static str {
-        "avx2-t5-vlut"
-    }
-
-    fn layout(&self) -> &'static dyn Layout {
-        &T5
-    }
-
-    fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
-        self.1.gemv(w, rows, x, y);
-    }
-
-    fn few_inputs(&self) -> Option<(&'static str, usize)> {
-        Some(("avx2-t5", FEW))
-    }
-
-    fn block_inputs(&self) -> usize {
-        INPUTS
-    }
-
-    fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
-        vlut::gemm_parts(&self.1, FEW, &[LANES], parts, xs, |_, parts, xs, first| {
-            // SAFETY: `self.0` proves that the CPU has AVX2.
-            unsafe { multiply_t5(self.0, parts, xs, first) }
-        });
-    }
+/// Tables over t5. Narrow only: a wide pass would add one table for each trip of a
+/// row's sums.
+pub(super) fn t5(proof: Avx2) -> impl Kernel {
+    Vlut::new("avx2-t5-vlut", Avx2T5::new(proof), FEW, &[LANES], move |_, parts, xs, first| {
+        // SAFETY: `proof` says that the CPU has AVX2.
+        unsafe { multiply_t5(proof, parts, xs, first) }
+    })
 }
 
 #[target_feature(enable = "avx2")]

@@ -8,12 +8,11 @@
 //! pass takes its halves from different lines, and remains AVX2's. Not timed: counted.
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 use super::super::generic::blocks::ROWS;
-use super::super::generic::i2::{FIELDS, I2};
-use super::super::vlut::{self, Build, INPUTS, LANES, Line, Lines, Table, Tables, WIDE};
-use super::super::{Kernel, Layout, PackedMatrix, Part, Prepared};
+use super::super::generic::i2::FIELDS;
+use super::super::vlut::{self, Build, LANES, Line, Lines, Table, Tables, Vlut, WIDE};
+use super::super::{Kernel, Part, Prepared};
 use super::avx2_vlut::I2_TABLES;
 use super::avx512_i2::Avx512I2;
 use crate::cpu::Avx512;
@@ -22,42 +21,13 @@ use crate::cpu::Avx512;
 /// the time of 16, in which `vpdpbusd` would do 14, by count.
 const FEW: usize = 13;
 
-/// Vector look-up tables over i2.
-pub(super) struct Avx512I2Vlut(Avx512, Avx512I2);
-
-impl Avx512I2Vlut {
-    pub(super) fn new(proof: Avx512) -> Self {
-        Self(proof, Avx512I2::new(proof))
-    }
-}
-
-impl Kernel for Avx512I2Vlut {
-    fn name(&self) -> &'static str {
-        "avx512-i2-vlut"
-    }
-
-    fn layout(&self) -> &'static dyn Layout {
-        &I2
-    }
-
-    fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
-        self.1.gemv(w, rows, x, y);
-    }
-
-    fn few_inputs(&self) -> Option<(&'static str, usize)> {
-        Some(("avx512-i2", FEW))
-    }
-
-    fn block_inputs(&self) -> usize {
-        INPUTS
-    }
-
-    fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
-        vlut::gemm_parts(&self.1, FEW, &[WIDE, LANES], parts, xs, |unit, parts, xs, first| {
-            // SAFETY: `self.0` proves that the CPU has AVX-512 F and BW.
-            unsafe { multiply(self.0, unit == WIDE, parts, xs, first) }
-        });
-    }
+/// Tables over i2.
+pub(super) fn i2(proof: Avx512) -> impl Kernel {
+    let units = &[WIDE, LANES];
+    Vlut::new("avx512-i2-vlut", Avx512I2::new(proof), FEW, units, move |wide, parts, xs, first| {
+        // SAFETY: `proof` says that the CPU has AVX-512 F and BW.
+        unsafe { multiply(proof, wide, parts, xs, first) }
+    })
 }
 
 #[target_feature(enable = "avx512f,avx512bw")]

@@ -29,9 +29,9 @@ pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
         Proof::Ssse3(proof) => kernels.push((isa, Box::new(ssse3_i2::Ssse3I2::new(proof)))),
         Proof::Avx2(proof) => {
             kernels.push((isa, Box::new(avx2_i2::Avx2I2::new(proof))));
-            kernels.push((isa, Box::new(avx2_vlut::Avx2I2Vlut::new(proof))));
+            kernels.push((isa, Box::new(avx2_vlut::i2(proof))));
             kernels.push((isa, Box::new(avx2_t5::Avx2T5::new(proof))));
-            kernels.push((isa, Box::new(avx2_vlut::Avx2T5Vlut::new(proof))));
+            kernels.push((isa, Box::new(avx2_vlut::t5(proof))));
             for (name, layout) in [("avx2-tl2", tl2::layout()), ("avx2-tl1", tl1::layout())] {
                 kernels.push((isa, Box::new(avx2_elut::Avx2Elut::new(proof, name, layout))));
             }
@@ -42,7 +42,7 @@ pub(super) fn register(isa: Isa, kernels: &mut Vec<(Isa, Box<dyn Kernel>)>) {
         }
         Proof::Avx512(proof) => {
             kernels.push((isa, Box::new(avx512_i2::Avx512I2::new(proof))));
-            kernels.push((isa, Box::new(avx512_vlut::Avx512I2Vlut::new(proof))));
+            kernels.push((isa, Box::new(avx512_vlut::i2(proof))));
         }
         Proof::Avx512Vbmi(proof) => {
             kernels.push((isa, Box::new(avx512vbmi_t5::Avx512VbmiT5::new(proof))));
