@@ -76,6 +76,7 @@ pub struct LevelMatrix<'a> {
     rows: usize,
     cols: usize,
     scale: f32,
+    group_scales: Option<&'a [f32]>,
     levels: Levels,
 }
 
@@ -108,7 +109,7 @@ impl<'a> LevelMatrix<'a> {
                 levels.values()
             ));
         }
-        Ok(Self { values: Values::Bytes(values), rows, cols, scale, levels })
+        Ok(Self { values: Values::Bytes(values), rows, cols, scale, group_scales: None, levels })
     }
 
     /// Out-features.
@@ -127,6 +128,12 @@ impl<'a> LevelMatrix<'a> {
     #[must_use]
     pub fn scale(&self) -> f32 {
         self.scale
+    }
+
+    /// Several scales, of a ternary matrix that has them.
+    #[must_use]
+    pub fn group_scales(&self) -> Option<&'a [f32]> {
+        self.group_scales
     }
 
     /// What values there may be.
@@ -149,6 +156,7 @@ impl<'a> From<&TernaryMatrix<'a>> for LevelMatrix<'a> {
             rows: w.rows(),
             cols: w.cols(),
             scale: w.scale(),
+            group_scales: w.group_scales(),
             levels: Levels::TERNARY,
         }
     }

@@ -26,7 +26,7 @@ use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyMapping, PyString};
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
 use crate::floats::{Bf16, F16};
-use crate::kernels::{self, Kernels, PackedMatrix, Prepared, Projection};
+use crate::kernels::{self, Activations, Kernels, PackedMatrix, Prepared, Projection};
 use crate::kv_cache::{KvCache, KvDtype};
 use crate::levels::{LevelMatrix, Levels};
 use crate::models::{
@@ -235,8 +235,9 @@ impl PyModel {
         batch_kernels: Option<Vec<String>>,
         threads: Option<usize>,
     ) -> PyResult<Self> {
-        let machine = Machine::new(kernel, batch_kernels.as_deref(), threads)?;
         let config = config_map(config, 0)?;
+        let activations = config.activations()?;
+        let machine = Machine::new(activations, kernel, batch_kernels.as_deref(), threads)?;
         let weights = PyWeights { mapping: weights, failure: RefCell::new(None) };
         match models::load(&config, &weights, machine) {
             Ok(model) => Ok(Self(model)),
@@ -264,6 +265,8 @@ impl PyModel {
         let (dims, facts) = (self.0.dims(), self.0.facts());
         let dict = PyDict::new(py);
         dict.set_item("architecture", self.0.architecture())?;
+        let activations = self.0.machine().kernels.decode().activations();
+        dict.set_item("activations", activations.name())?;
         for (name, value) in [
             ("n_layers", dims.n_layers),
             ("hidden_size", dims.hidden),
@@ -335,12 +338,22 @@ impl PyModel {
                     (Some(PyArray1::from_slice(py, &[])), PyArray1::from_slice(py, &[]))
                 }
                 Want::All => (None, PyArray1::from_slice(py, rows.next().unwrap_or_default())),
-                Want::Top(_) => {
+                Want::Top(_) | Want::Hidden => {
                     let top = best.next().unwrap_or_default();
                     (Some(top.ids.into_pyarray(py)), top.logits.into_pyarray(py))
                 }
             })
             .collect())
+    }
+
+    fn forward_hidden<'py>(
+        &self,
+        py: Python<'py>,
+        batch: Vec<(PyReadonlyArray1<'py, u32>, Py<PyKvCache>)>,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let wants = vec![Want::Hidden; batch.len()];
+        let hidden = self.pass(py, &batch, Wanted::Each(&wants))?.hidden;
+        hidden.into_pyarray(py).reshape([batch.len(), self.0.dims().hidden])
     }
 
     #[getter]
@@ -443,6 +456,15 @@ fn kernel_names() -> PyResult<Vec<&'static str>> {
 }
 
 #[pyfunction]
+fn grouped_kernels(activations: &str) -> PyResult<Vec<&'static str>> {
+    let found =
+        [Activations::Int8, Activations::Float].into_iter().find(|a| a.name() == activations);
+    let found = found
+        .ok_or_else(|| invalid!("activations is {activations:?}; wanted \"int8\" or \"float\""))?;
+    Ok(kernels::available_grouped(Isa::best()?, found).iter().map(|k| k.name()).collect())
+}
+
+#[pyfunction]
 fn _kernels_for(levels: Vec<i8>) -> PyResult<Vec<&'static str>> {
     let kernels = kernels::available_for(Isa::best()?, Levels::new(&levels)?);
     Ok(kernels.iter().map(|k| k.name()).collect())
@@ -525,7 +547,7 @@ struct PyPackedMatrix {
 #[pymethods]
 impl PyPackedMatrix {
     #[new]
-    #[pyo3(signature = (values, scale, kernel, *, threads=1, levels=None))]
+    #[pyo3(signature = (values, scale, kernel, *, threads=1, levels=None, group_scales=None))]
     fn new(
         py: Python<'_>,
         values: PyReadonlyArray2<'_, i8>,
@@ -533,16 +555,29 @@ impl PyPackedMatrix {
         kernel: &str,
         threads: usize,
         levels: Option<Vec<i8>>,
+        group_scales: Option<PyReadonlyArray2<'_, f32>>,
     ) -> PyResult<Self> {
         let (rows, cols, values) = matrix("values", &values)?;
+        let group_scales = group_scales.as_ref().map(|s| matrix("group_scales", s)).transpose()?;
         let (isa, team) = (Isa::best()?, Team::new(Some(threads))?);
         let levels = levels.map(|levels| Levels::new(&levels)).transpose()?;
         let packed = py.detach(|| {
             let w = match levels {
-                None => LevelMatrix::from(&TernaryMatrix::new(values, rows, cols, scale)?),
+                None => {
+                    let w = TernaryMatrix::new(values, rows, cols, scale)?;
+                    LevelMatrix::from(&match group_scales {
+                        Some((_, _, scales)) => w.with_group_scales(scales)?,
+                        None => w,
+                    })
+                }
                 Some(levels) => LevelMatrix::new(values, rows, cols, scale, levels)?,
             };
-            let kernels = kernels::available_for(isa, w.levels());
+            let mut kernels = kernels::available_for(isa, w.levels());
+            if w.levels() == Levels::TERNARY {
+                for activations in [Activations::Int8, Activations::Float] {
+                    kernels.extend(kernels::available_grouped(isa, activations));
+                }
+            }
             let found = kernels.iter().find(|k| k.name() == kernel).ok_or_else(|| {
                 let names: Vec<_> = kernels.iter().map(|k| k.name()).collect();
                 invalid!("unknown kernel {kernel:?}; for these levels: {}", names.join(", "))
@@ -597,7 +632,7 @@ fn _gemm<'py>(
     kernel: &str,
 ) -> PyResult<Bound<'py, PyArray2<f32>>> {
     let (cols, width) = (trits.shape()[1], x.shape()[1]);
-    let packed = PyPackedMatrix::new(py, trits, scale, kernel, 1, None)?;
+    let packed = PyPackedMatrix::new(py, trits, scale, kernel, 1, None, None)?;
     if width != cols {
         return Err(invalid!("x has {width} columns; wanted {cols}").into());
     }
@@ -682,6 +717,7 @@ mod _core {
     #[pymodule_export]
     use super::{
         _absmean, _exp, _gemm, _gemv, _kernels_for, _rms_norm, PyKvCache, PyModel, PyPackedMatrix,
-        cpu_features, kernel_names, measure_kernels, projections, py_read_bandwidth, py_sample,
+        cpu_features, grouped_kernels, kernel_names, measure_kernels, projections,
+        py_read_bandwidth, py_sample,
     };
 }

@@ -69,6 +69,8 @@ pub struct TernaryMatrix<'a> {
     rows: usize,
     cols: usize,
     scale: f32,
+    /// Instead of it: for each row, that of each group of columns.
+    group_scales: Option<&'a [f32]>,
 }
 
 impl<'a> TernaryMatrix<'a> {
@@ -88,7 +90,7 @@ impl<'a> TernaryMatrix<'a> {
                 return Err(invalid!("row {r} holds {found}; ternary values are -1, 0 and 1"));
             }
         }
-        Ok(Self { values: Values::Bytes(trits), rows, cols, scale })
+        Ok(Self { values: Values::Bytes(trits), rows, cols, scale, group_scales: None })
     }
 
     /// Checks and wraps trits in two bits each, as Hugging Face stores them:
@@ -118,7 +120,34 @@ impl<'a> TernaryMatrix<'a> {
                 ));
             }
         }
-        Ok(Self { values: Values::Quarters(bytes, quarter), rows, cols, scale })
+        let values = Values::Quarters(bytes, quarter);
+        Ok(Self { values, rows, cols, scale, group_scales: None })
+    }
+
+    /// Gives it several scales: for each row, one for each of equally many groups of
+    /// columns.
+    ///
+    /// # Errors
+    /// A number of them that is no multiple of the rows, or of which the columns are
+    /// none; scales that are not finite.
+    pub fn with_group_scales(self, scales: &'a [f32]) -> Result<Self, Error> {
+        let groups = scales.len() / self.rows;
+        if groups == 0
+            || !scales.len().is_multiple_of(self.rows)
+            || !self.cols.is_multiple_of(groups)
+        {
+            return Err(invalid!(
+                "{} scales for a ternary matrix of {} x {}; wanted one for each of equally many \
+                 groups of columns of each row",
+                scales.len(),
+                self.rows,
+                self.cols
+            ));
+        }
+        if let Some(at) = scales.iter().position(|s| !s.is_finite()) {
+            return Err(invalid!("a scale of {}; wanted a finite number", scales[at]));
+        }
+        Ok(Self { group_scales: Some(scales), ..self })
     }
 
     /// Out-features.
@@ -137,6 +166,12 @@ impl<'a> TernaryMatrix<'a> {
     #[must_use]
     pub fn scale(&self) -> f32 {
         self.scale
+    }
+
+    /// Several scales, if that is what it has.
+    #[must_use]
+    pub fn group_scales(&self) -> Option<&'a [f32]> {
+        self.group_scales
     }
 
     /// How and where the trits are stored.

@@ -5,8 +5,8 @@ mod common;
 
 use bitnet_rs::cpu::Isa;
 use bitnet_rs::kernels::{
-    Kernel, Kernels, PackedMatrix, Prepared, available, available_for, by_name, multiply,
-    multiply_pair,
+    Activations, Kernel, Kernels, PackedMatrix, Prepared, available, available_for,
+    available_grouped, by_name, multiply, multiply_pair,
 };
 use bitnet_rs::levels::{LevelMatrix, Levels};
 use bitnet_rs::ternary::TernaryMatrix;
@@ -388,16 +388,128 @@ fn quantize_gives_the_same_bits_on_every_isa() {
     }
 }
 
+/// The definition of a product with several scales (`generic/i2g.rs`).
+fn naive_grouped(trits: &[i8], cols: usize, scales: &[f32], x: &[f32], divisor: f32) -> Vec<f32> {
+    let groups = scales.len() / (trits.len() / cols);
+    let at = |v: &[f32], i: usize| v.get(i).copied().unwrap_or(0.0);
+    trits
+        .chunks_exact(cols)
+        .zip(scales.chunks_exact(groups))
+        .map(|(row, scales)| {
+            let mut total = 0f32;
+            for block in 0..cols.div_ceil(64) {
+                let word = |w: usize| {
+                    (0..16).map(|j| block * 64 + w * 16 + j).fold(0f32, |sum, c| {
+                        sum + f32::from(row.get(c).copied().unwrap_or(0)) * at(x, c)
+                    })
+                };
+                let sum = (word(0) + word(1)) + (word(2) + word(3));
+                total = scales[block * 64 / (cols / groups)].mul_add(sum, total);
+            }
+            total / divisor
+        })
+        .collect()
+}
+
+#[test]
+fn grouped_kernels_give_the_bits_of_their_definition() {
+    let isa = Isa::best().unwrap();
+    let mut rng = Rng(11);
+    for (rows, cols, groups) in
+        [(1, 1, 1), (16, 64, 1), (5, 100, 1), (37, 256, 4), (33, 384, 3), (50, 330, 1), (3, 128, 2)]
+    {
+        let trits = rng.trits(rows * cols);
+        let scales: Vec<f32> = rng.floats(rows * groups);
+        let w = TernaryMatrix::new(&trits, rows, cols, 1.0).unwrap();
+        let w = w.with_group_scales(&scales).unwrap();
+        for n in [1, 2, 5, 9] {
+            let xs = rng.floats(n * cols);
+            for activations in [Activations::Float, Activations::Int8] {
+                let right: Vec<f32> = xs
+                    .chunks_exact(cols)
+                    .flat_map(|x| match activations {
+                        Activations::Float => naive_grouped(&trits, cols, &scales, x, 1.0),
+                        Activations::Int8 => {
+                            let mut q = Prepared::default();
+                            q.quantize(isa, x);
+                            let a = x.iter().fold(1e-5f32, |a, v| a.max(v.abs()));
+                            let x: Vec<f32> = q.values().iter().map(|&q| f32::from(q)).collect();
+                            naive_grouped(&trits, cols, &scales, &x, 1.0 / a * 127.0)
+                        }
+                    })
+                    .collect();
+                for kernel in available_grouped(isa, activations) {
+                    assert_eq!(kernel.activations(), activations);
+                    for threads in [1, 3] {
+                        let team = Team::new(Some(threads)).unwrap();
+                        let found = product(kernel, &w, &xs, &team);
+                        assert_eq!(
+                            bits(&found),
+                            bits(&right),
+                            "{} {rows} x {cols}, {groups} groups, {n} inputs",
+                            kernel.name()
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One scale and int8 activations: what other kernels compute, but for roundings.
+#[test]
+fn grouped_kernels_agree_with_the_others_where_both_may_be_used() {
+    let isa = Isa::best().unwrap();
+    let team = Team::new(Some(2)).unwrap();
+    let (rows, cols) = (20, 300);
+    let mut rng = Rng(12);
+    let (trits, x) = (rng.trits(rows * cols), rng.floats(cols));
+    let w = TernaryMatrix::new(&trits, rows, cols, 0.37).unwrap();
+    let right = naive(&w, &x);
+    for kernel in available_grouped(isa, Activations::Int8) {
+        for (found, right) in product(kernel, &w, &x, &team).iter().zip(&right) {
+            assert!((found - right).abs() <= 1e-5 * right.abs().max(1.0), "{}", kernel.name());
+        }
+    }
+}
+
+#[test]
+fn scales_that_a_layout_does_not_hold_are_refused() {
+    let team = Team::new(Some(1)).unwrap();
+    let isa = Isa::best().unwrap();
+    let (trits, scales) = (vec![1i8; 4 * 96], vec![0.5f32; 12]);
+    let w = TernaryMatrix::new(&trits, 4, 96, 1.0).unwrap();
+    for wrong in [&scales[..3], &scales[..7], &[f32::NAN; 4], &[0.5; 4 * 7]] {
+        assert!(w.with_group_scales(wrong).is_err());
+    }
+    let pack = |kernel, scales| {
+        let w = w.with_group_scales(scales).unwrap();
+        team.run(|| PackedMatrix::pack(Kernels::of(kernel), &w, &team).err().map(|e| e.to_string()))
+            .unwrap()
+    };
+    for kernel in available(isa) {
+        assert!(pack(kernel, &scales[..4]).unwrap().contains("i2g"));
+    }
+    let grouped = available_grouped(isa, Activations::Float)[0];
+    assert_eq!(pack(grouped, &scales[..4]), None);
+    // Three groups of 32 columns.
+    assert!(pack(grouped, &scales).unwrap().contains("multiple of 64"));
+    let other = available_grouped(isa, Activations::Int8)[0];
+    let mut kernels = [grouped; 6];
+    kernels[5] = other;
+    assert!(Kernels::new(kernels).is_err());
+}
+
 #[test]
 fn kernels_are_found_by_name() {
     let isa = Isa::best().unwrap();
     let names: Vec<_> = available(isa).iter().map(|k| k.name()).collect();
     assert_eq!(names.last(), Some(&"generic-i2"));
     for name in &names {
-        assert_eq!(by_name(isa, Some(name)).unwrap().name(), *name);
+        assert_eq!(by_name(isa, Activations::Int8, Some(name)).unwrap().name(), *name);
     }
-    assert_eq!(by_name(isa, None).unwrap().name(), names[0]);
-    let error = by_name(isa, Some("nope")).err().unwrap().to_string();
+    assert_eq!(by_name(isa, Activations::Int8, None).unwrap().name(), names[0]);
+    let error = by_name(isa, Activations::Int8, Some("nope")).err().unwrap().to_string();
     assert!(error.contains("nope") && error.contains("generic-i2"), "{error}");
     let lowest: Vec<_> = available(Isa::GENERIC).iter().map(|k| k.name()).collect();
     assert!(lowest.iter().all(|name| name.starts_with("generic-")), "{lowest:?}");

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use bitnet_rs::Error;
 use bitnet_rs::cpu::Isa;
-use bitnet_rs::kernels;
+use bitnet_rs::kernels::{self, Activations};
 use bitnet_rs::kv_cache::{KvCache, KvDtype};
 use bitnet_rs::models::{
     self, ConfigMap, Machine, Model, Segment, Tensor, TensorData, Value, Visit, Want, Wanted,
@@ -43,7 +43,11 @@ const VOCAB: usize = 37;
 const LAYERS: usize = 2;
 
 fn config(model_type: &str, [hidden, inter, heads, kv_heads, head_dim]: [usize; 5]) -> ConfigMap {
-    let act = if model_type == "bitnet" { "relu2" } else { "silu" };
+    let act = match model_type {
+        "bitnet" => "relu2",
+        "gemma3_text" => "gelu_pytorch_tanh",
+        _ => "silu",
+    };
     let int = |n: usize| Value::Int(n as i64);
     let fields = [
         ("model_type", Value::Str(model_type.to_owned())),
@@ -60,7 +64,14 @@ fn config(model_type: &str, [hidden, inter, heads, kv_heads, head_dim]: [usize; 
         ("max_position_embeddings", int(512)),
         ("tie_word_embeddings", Value::Bool(model_type == "bitnet")),
     ];
-    ConfigMap(fields.into_iter().map(|(k, v)| (k.to_owned(), v)).collect())
+    let gemma = [
+        ("query_pre_attn_scalar", int(head_dim)),
+        ("layer_kinds", Value::Str("sf".to_owned())),
+        ("sliding_window", int(400)),
+        ("rope_local_base_freq", Value::Float(1000.0)),
+    ];
+    let more = gemma.into_iter().filter(|_| model_type == "gemma3_text");
+    ConfigMap(fields.into_iter().chain(more).map(|(k, v)| (k.to_owned(), v)).collect())
 }
 
 fn weights(
@@ -85,13 +96,24 @@ fn weights(
     out.extend([floats("model.norm.weight".into(), vec![hidden], 1.5)]);
     for i in 0..LAYERS {
         let layer = |part: &str| format!("model.layers.{i}.{part}.weight");
-        for (part, n) in [
-            ("input_layernorm", hidden),
-            ("post_attention_layernorm", hidden),
-            ("self_attn.attn_sub_norm", q),
-            ("mlp.ffn_sub_norm", inter),
+        for (part, n, of) in [
+            ("input_layernorm", hidden, ""),
+            ("post_attention_layernorm", hidden, ""),
+            ("self_attn.attn_sub_norm", q, "bitnet"),
+            ("mlp.ffn_sub_norm", inter, "bitnet"),
+            ("self_attn.q_norm", head_dim, "3"),
+            ("self_attn.k_norm", head_dim, "3"),
+            ("pre_feedforward_layernorm", hidden, "gemma3"),
+            ("post_feedforward_layernorm", hidden, "gemma3"),
+            ("self_attn.q_proj.norm", hidden, "gemma3"),
+            ("self_attn.k_proj.norm", hidden, "gemma3"),
+            ("self_attn.v_proj.norm", hidden, "gemma3"),
+            ("self_attn.o_proj.norm", q, "gemma3"),
+            ("mlp.gate_proj.norm", hidden, "gemma3"),
+            ("mlp.up_proj.norm", hidden, "gemma3"),
+            ("mlp.down_proj.norm", inter, "gemma3"),
         ] {
-            if model_type == "bitnet" || !part.contains("sub_norm") {
+            if model_type.contains(of) {
                 out.extend([floats(layer(part), vec![n], 1.5)]);
             }
         }
@@ -119,8 +141,14 @@ fn weights(
     out
 }
 
+fn machine(kernel: &str, batch: Option<&[String]>, threads: usize) -> Result<Machine, Error> {
+    let float = kernel.ends_with("-float");
+    let activations = if float { Activations::Float } else { Activations::Int8 };
+    Machine::new(activations, Some(kernel), batch, Some(threads))
+}
+
 fn build(model_type: &str, sizes: [usize; 5], kernel: &str, threads: usize) -> Box<dyn Model> {
-    let machine = Machine::new(Some(kernel), None, Some(threads)).unwrap();
+    let machine = machine(kernel, None, threads).unwrap();
     models::load(&config(model_type, sizes), &Random(weights(model_type, sizes)), machine).unwrap()
 }
 
@@ -148,6 +176,9 @@ fn each(f: impl Fn(&str, [usize; 5], KvDtype)) {
             }
         }
     }
+    // Qwen3 without, Gemma 3 with norms of projections and two kinds of layers.
+    cases.push(("qwen3", SIZES[0], KvDtype::F16));
+    cases.push(("gemma3_text", SIZES[1], KvDtype::F32));
     for (model_type, sizes, dtype) in cases.into_iter().step_by(common::one_in()) {
         f(model_type, sizes, dtype);
     }
@@ -206,7 +237,7 @@ fn kernels_may_change_with_the_number_of_rows() {
                 .map(|k| k.name().to_owned())
                 .collect();
             let batch: Vec<String> = others.iter().cycle().take(5).cloned().collect();
-            let machine = Machine::new(Some(one.name()), Some(&batch), Some(2)).unwrap();
+            let machine = machine(one.name(), Some(&batch), 2).unwrap();
             let weights = Random(weights(model_type, sizes));
             let model = models::load(&config(model_type, sizes), &weights, machine).unwrap();
             let mut cache = cache(&*model, dtype);
@@ -223,9 +254,9 @@ fn kernels_may_change_with_the_number_of_rows() {
     });
     let n = kernels::INPUTS.len() - 1;
     let names = vec!["generic-i2".to_owned(); n + 1];
-    assert!(Machine::new(Some("generic-i2"), Some(&names[..n]), Some(1)).is_ok());
-    assert!(Machine::new(Some("generic-i2"), Some(&names), Some(1)).is_err());
-    assert!(Machine::new(Some("generic-t5"), Some(&names[..n]), Some(1)).is_err());
+    assert!(machine("generic-i2", Some(&names[..n]), 1).is_ok());
+    assert!(machine("generic-i2", Some(&names), 1).is_err());
+    assert!(machine("generic-t5", Some(&names[..n]), 1).is_err());
 }
 
 #[test]
@@ -315,7 +346,7 @@ fn the_best_logits_are_those_of_the_full_head() {
                 let mut batch = [Segment { tokens: prompt, cache: &mut alone }];
                 let row = model.pass(&mut batch, Wanted::Last).unwrap().rows;
                 match want {
-                    Want::Nothing => {}
+                    Want::Nothing | Want::Hidden => {}
                     Want::All => assert_eq!(
                         row.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
                         found.rows.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
@@ -327,6 +358,83 @@ fn the_best_logits_are_those_of_the_full_head() {
                         assert_eq!(pairs, best(&row, k), "{model_type}, best {k}");
                     }
                 }
+            }
+        }
+    });
+}
+
+/// With float activations and a scale for each 64 columns.
+#[test]
+fn float_activations_give_the_same_bits_everywhere() {
+    let sizes = [64, 128, 2, 1, 32];
+    let ids = tokens(30, 5);
+    let isa = Isa::best().unwrap();
+    for model_type in ["llama", "qwen3", "gemma3_text"] {
+        let mut config = config(model_type, sizes);
+        config.0.insert("activations".to_owned(), Value::Str("float".to_owned()));
+        let mut right = None;
+        for kernel in kernels::available_grouped(isa, Activations::Float).into_iter().rev() {
+            for threads in [1, 3] {
+                let mut weights = weights(model_type, sizes);
+                let down = "model.layers.0.mlp.down_proj.weight_scale".to_owned();
+                let scales = (0..128).map(|i| 0.1 + i as f32 / 64.0).collect();
+                weights.insert(down, Owned::Floats(vec![64, 2], scales));
+                let machine = machine(kernel.name(), None, threads).unwrap();
+                let model = models::load(&config, &Random(weights), machine).unwrap();
+                for chunk in [30, 1, 7] {
+                    let mut cache = cache(&*model, KvDtype::F16);
+                    let found: Vec<u32> =
+                        ids.chunks(chunk).flat_map(|part| run(&*model, &mut cache, part)).collect();
+                    let right = right.get_or_insert_with(|| found.clone());
+                    assert!(found == *right, "{model_type} {} {threads} {chunk}", kernel.name());
+                }
+            }
+        }
+        // Whoever names a kernel of other activations, or one that holds a single scale.
+        for kernel in ["generic-i2", "generic-i2g-int8"] {
+            let machine = machine(kernel, None, 1).unwrap();
+            let weights = Random(weights(model_type, sizes));
+            let error = models::load(&config, &weights, machine).err().unwrap().to_string();
+            assert!(error.contains("int8") && error.contains("float"), "{error}");
+        }
+    }
+    let mut weights = weights("llama", sizes);
+    let q = "model.layers.0.self_attn.q_proj.weight_scale".to_owned();
+    weights.insert(q, Owned::Floats(vec![64, 1], vec![0.5; 64]));
+    let machine = machine("generic-i2", None, 1).unwrap();
+    let error = models::load(&config("llama", sizes), &Random(weights), machine).err().unwrap();
+    assert!(error.to_string().contains("q_proj") && error.to_string().contains("i2g"), "{error}");
+}
+
+/// What the head would take is what the head takes.
+#[test]
+fn hidden_states_are_those_of_the_last_tokens() {
+    each(|model_type, sizes, dtype| {
+        let model = build(model_type, sizes, "generic-i2", 2);
+        let [a, b] = [tokens(3, 1), tokens(9, 2)];
+        let mut caches = [cache(&*model, dtype), cache(&*model, dtype)];
+        let [c, d] = &mut caches;
+        let mut both = [Segment { tokens: &a, cache: c }, Segment { tokens: &b, cache: d }];
+        let wanted = [Want::Hidden, Want::Hidden];
+        let found = model.pass(&mut both, Wanted::Each(&wanted)).unwrap();
+        assert!(found.rows.is_empty() && found.top.is_empty());
+        let width = sizes[0];
+        assert_eq!(found.hidden.len(), 2 * width);
+        for (ids, hidden) in [&a, &b].into_iter().zip(found.hidden.chunks_exact(width)) {
+            let mut alone = cache(&*model, dtype);
+            let mut batch = [Segment { tokens: ids, cache: &mut alone }];
+            let one = model.pass(&mut batch, Wanted::Each(&[Want::Hidden])).unwrap().hidden;
+            assert!(one == hidden && one.iter().any(|x| *x != 0.0));
+            // And its product with the head is the logits, but for roundings.
+            let mut again = cache(&*model, dtype);
+            let logits = run(&*model, &mut again, ids);
+            let tensors = weights(model_type, sizes);
+            let name =
+                if model_type == "bitnet" { "model.embed_tokens.weight" } else { "lm_head.weight" };
+            let Some(Owned::Floats(_, head)) = tensors.get(name) else { unreachable!() };
+            for (row, logit) in head.chunks_exact(width).zip(&logits[logits.len() - VOCAB..]) {
+                let dot: f32 = row.iter().zip(&one).map(|(a, b)| a * b).sum();
+                assert!((dot - f32::from_bits(*logit)).abs() < 1e-3 * (1.0 + dot.abs()));
             }
         }
     });
@@ -370,7 +478,7 @@ fn refused(change: impl Fn(&mut ConfigMap, &mut HashMap<String, Owned>)) -> Stri
     let mut config = config("bitnet", SIZES[0]);
     let mut weights = weights("bitnet", SIZES[0]);
     change(&mut config, &mut weights);
-    let machine = Machine::new(Some("generic-i2"), None, Some(1)).unwrap();
+    let machine = machine("generic-i2", None, 1).unwrap();
     models::load(&config, &Random(weights), machine).err().expect("an error").to_string()
 }
 
@@ -417,7 +525,7 @@ fn tensors_that_do_not_fit_are_refused_by_name() {
         (name, Some(trits(100, 52, 2)), "row 0 holds 2"),
         (scale, None, "weight_scale"),
         (scale, Some(Owned::Floats(vec![2], vec![1.0; 2])), "[2]"),
-        (scale, Some(Owned::Floats(vec![1], vec![f32::INFINITY])), "infinities"),
+        (scale, Some(Owned::Floats(vec![1], vec![f32::INFINITY])), "scale of inf"),
         (name, Some(Owned::Floats(vec![100, 52], vec![0.5; 5200])), "without"),
     ];
     for (tensor, replacement, said) in cases {

@@ -792,7 +792,8 @@ def test_kernels_and_threads_are_checked(checkpoint: Checkpoint) -> None:
 
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "qwen3"}, r"model_type is \"qwen3\"; wanted \"bitnet\" or \"llama\""),
+    ({"model_type": "gpt2"}, r"model_type is \"gpt2\"; wanted \"bitnet\", .* or \"qwen3\""),
+    ({"activations": "int4"}, r"activations is \"int4\"; wanted \"int8\" or \"float\""),
     ({"model_type": ...}, "model_type is missing"),
     ({"hidden_act": "gelu"}, r"hidden_act is \"gelu\"; wanted .*\"silu\""),
     ({"hidden_act": ...}, "hidden_act is missing"),

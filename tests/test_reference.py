@@ -77,4 +77,4 @@ def test_projection_sums_are_exact() -> None:
     x[:, 0] = 127.0  # a scale of 1, so that outputs are the integer sums
     codes = np.rint(x).astype(np.int64)
     wanted = codes @ trits.T.astype(np.int64)
-    assert (_reference.project(x, trits, np.float32(1)) == wanted).all()
+    assert (_reference.project(x, trits, np.ones(1, np.float32), "int8") == wanted).all()

@@ -24,6 +24,7 @@ __all__ = [
     "batch_inputs",
     "build_profile",
     "cpu_features",
+    "grouped_kernels",
     "kernels",
     "measure_kernels",
     "projections",
@@ -41,6 +42,17 @@ def kernels() -> list[str]:
     """Names of the kernels this CPU can run, fastest first; the last is scalar.
 
     `BITNET_RS_ISA` caps the instruction sets that count as present.
+    """
+
+def grouped_kernels(activations: Literal["int8", "float"]) -> list[str]:
+    """Names of the kernels for matrices with several scales, fastest first; the last is scalar.
+
+    Those for float activations are the only ones for models that keep their activations in
+    float32; they take matrices with one scale, too. All for the same activations give the same
+    bits.
+
+    Raises:
+        ValueError: Activations of another name.
     """
 
 def cpu_features() -> list[str]:
@@ -100,18 +112,23 @@ class Model:
     """A ternary transformer: immutable after construction, shared freely between threads.
 
     Args:
-        config: The content of `config.json`.
+        config: The content of `config.json`, and what loaders add: `activations`, `int8` (when
+            absent) or `float`, and for gemma3_text `layer_kinds`, `s` (sliding) or `f` (full) for
+            each layer.
         weights: Tensors by canonical name (see `loaders/names.py`), asked for one at a
             time and each at most once. Ternary matrices: int8 of -1/0/+1, shape
             (rows, cols), or uint8 of shape (R, cols) with R = ceil(rows / 4), as Hugging Face
             packs them: bits 2i and 2i + 1 of byte [r, c] are the trit of row i * R + r, plus
             one; rows past the last are padding. Either has a float32 scale of shape (1,) under
-            `<name>_scale` that multiplies. Or masters (float32, float16, or bfloat16 as uint16)
+            `<name>_scale` that multiplies, or scales of shape (rows, groups), each for
+            cols / groups columns of a row, a multiple of 64 where groups > 1 (kernels of the
+            layout i2g). Or masters (float32, float16, or bfloat16 as uint16)
             without a scale, quantized here by their absolute mean. Norms: float32, 1-D.
             Embeddings and head: float32, float16 or bfloat16 as uint16, shape (vocab_size,
             hidden_size); where they are not writeable (mapped from a file), they are held on to,
             else copied.
-        kernel: A name from `kernels()`; the first of them when None.
+        kernel: A name from `kernels()` or `grouped_kernels()`, for the config's activations; the
+            first of them when None.
         batch_kernels: The kernels for steps of each of `batch_inputs` tokens and more; `kernel`
             when None. All must read the same layout (the second part of the name).
         threads: Threads that compute; all CPUs this process may use when None.
@@ -194,6 +211,18 @@ class Model:
             ValueError, RuntimeError: As `forward`; not one of `top` for each segment.
         """
 
+    def forward_hidden(
+        self, batch: Sequence[tuple[NDArray[np.uint32], KvCache]]
+    ) -> NDArray[np.float32]:
+        """As `forward`, but for what the head would take: the final norm's output.
+
+        Returns:
+            Shape (segments, hidden_size): that of the last token of each segment.
+
+        Raises:
+            ValueError, RuntimeError: As `forward`.
+        """
+
     @property
     def head_use(self) -> dict[str, int]:
         """How the best logits were found, since the model was loaded.
@@ -234,6 +263,7 @@ class _PackedMatrix:
         kernel: A name from `kernels()`, or `_kernels_for(levels)`.
         threads: Threads that multiply.
         levels: The 2 to 8 integers from -127 to 127 that values take; -1, 0 and 1 when None.
+        group_scales: Instead of `scale`, shape (rows, groups): for kernels of `grouped_kernels`.
 
     Raises:
         ValueError: Values that are no levels, an unknown kernel, a scale that is not finite.
@@ -247,6 +277,7 @@ class _PackedMatrix:
         *,
         threads: int = 1,
         levels: Sequence[int] | None = None,
+        group_scales: NDArray[np.float32] | None = None,
     ) -> Self: ...
     @property
     def n_bytes(self) -> int:

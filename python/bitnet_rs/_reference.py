@@ -63,21 +63,47 @@ def unpack(stored: NDArray[np.uint8], rows: int) -> NDArray[np.int8]:
     return np.concatenate(quarters)[:rows].astype(np.int8) - np.int8(1)
 
 
-def project(x: Floats, trits: NDArray[np.int8], scale: np.float32) -> Floats:
-    """Multiplies quantized activations with a ternary matrix: y = x Wᵀ.
+def project(x: Floats, trits: NDArray[np.int8], scales: Floats, activations: str) -> Floats:
+    """Multiplies activations with a ternary matrix: y = x Wᵀ.
 
     Args:
         x: Shape (n, K).
         trits: Shape (rows, K).
-        scale: The matrix's multiplying scale.
+        scales: The matrix's multiplying scale, shape (1,); or (rows, groups), each for K / groups
+            columns of a row.
+        activations: `int8` quantizes them first, `float` takes them as they are.
 
     Returns:
         Shape (n, rows).
     """
-    codes, divisor = absmax(x)
-    # Every sum is an integer below 128 K < 2^24, so float32 holds it exactly in any order.
-    exact: Floats = codes @ trits.T.astype(np.float32)
-    return exact / divisor * scale
+    codes, divisor = absmax(x) if activations == "int8" else (x, np.float32(1))
+    if activations == "int8" and scales.size == 1:
+        # Every sum is an integer below 128 K < 2^24, so float32 holds it exactly in any order.
+        exact: Floats = codes @ trits.T.astype(np.float32)
+        return exact / divisor * scales.reshape(())
+    return sum_by_groups(codes, trits, scales) / divisor
+
+
+def sum_by_groups(x: Floats, trits: NDArray[np.int8], scales: Floats) -> Floats:
+    """Sums x * trits * scale over the columns, in the order that the core's sums have.
+
+    Blocks of 64 columns in order; in each of their words of 16 columns one sum, column after
+    column; the words in pairs; then the block's scale, by a fused multiply-add.
+    """
+    n_rows, n_cols = trits.shape
+    scales = np.broadcast_to(scales, (n_rows, 1)) if scales.size == 1 else scales
+    columns = n_cols // scales.shape[1]
+    pad = [(0, 0), (0, -n_cols % 64)]
+    x, weights = np.pad(x, pad), np.pad(trits.astype(np.float32), pad)
+    total = np.zeros((len(x), n_rows), np.float32)
+    for block in range(0, n_cols, 64):
+        words = np.zeros((4, *total.shape), np.float32)
+        for i in range(64):
+            words[i // 16] += x[:, block + i, None] * weights[:, block + i]
+        block_sum = (words[0] + words[1]) + (words[2] + words[3])
+        scale = scales[:, block // columns].astype(np.float64)
+        total = (scale * block_sum + total).astype(np.float32)
+    return total
 
 
 # --- ops ----------------------------------------------------------------------------------------
@@ -180,7 +206,17 @@ def silu(x: Floats) -> Floats:
     return x / (np.float32(1) + exp(-x))
 
 
-ACTIVATIONS: Mapping[str, Callable[[Floats], Floats]] = {"relu2": relu2, "silu": silu}
+def gelu_tanh(x: Floats) -> Floats:
+    """GELU by tanh, x (1 + tanh u) / 2, written with e^-2u."""
+    u2 = np.float32(1.595769) * (x + np.float32(0.044715) * (x * x * x))
+    return x / (np.float32(1) + exp(-u2))
+
+
+ACTIVATIONS: Mapping[str, Callable[[Floats], Floats]] = {
+    "relu2": relu2,
+    "silu": silu,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
 
 
 # --- sampling -----------------------------------------------------------------------------------
@@ -233,58 +269,91 @@ def forward(config: Config, weights: Weights, ids: Sequence[int] | NDArray[Any])
     Returns:
         Shape (n, vocab_size).
     """
-    embedding = weights["model.embed_tokens.weight"]
-    x = to_float32(embedding[np.asarray(ids)])
-    n_heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // n_heads
-    tables = rope_tables(np.arange(len(x)), head_dim, _rope_theta(config))
-    for i in range(config["num_hidden_layers"]):
-        x = x + attention_block(config, weights, f"model.layers.{i}.", x, tables)
+    tied = config["tie_word_embeddings"]
+    head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    return hidden_states(config, weights, ids) @ to_float32(head).T
+
+
+def embed(config: Config, weights: Weights, ids: Sequence[int] | NDArray[Any]) -> Floats:
+    """Computes the embedding of a text: the last token's hidden state, of length 1."""
+    last: Floats = hidden_states(config, weights, ids)[-1]
+    embedding: Floats = last / np.sqrt(np.square(last).sum())
+    return embedding
+
+
+def hidden_states(config: Config, weights: Weights, ids: Sequence[int] | NDArray[Any]) -> Floats:
+    """Computes what the head takes, for every token: shape (n, hidden_size)."""
+    x = to_float32(weights["model.embed_tokens.weight"][np.asarray(ids)])
+    if config["model_type"] == "gemma3_text":
+        x *= np.float32(math.sqrt(config["hidden_size"]))
+    n_layers, positions = config["num_hidden_layers"], np.arange(len(x))
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    tables = {
+        kind: rope_tables(positions, head_dim, theta)
+        for kind, theta in (
+            ("f", _rope_theta(config)),
+            ("s", config.get("rope_local_base_freq", 10000.0)),
+        )
+    }
+    for i, kind in enumerate(config.get("layer_kinds", "f" * n_layers)):
+        x = x + attention_block(config, weights, f"model.layers.{i}.", x, tables[kind])
         x = x + feed_forward_block(config, weights, f"model.layers.{i}.", x)
-    x = rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
-    head = embedding if config["tie_word_embeddings"] else weights["lm_head.weight"]
-    return x @ to_float32(head).T
+    return rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
 
 
 def attention_block(
     config: Config, weights: Weights, layer: str, x: Floats, tables: tuple[Floats, Floats]
 ) -> Floats:
     """What the attention of one layer adds to x."""
-    n, n_heads = len(x), config["num_attention_heads"]
+    n, n_heads, eps = len(x), config["num_attention_heads"], config["rms_norm_eps"]
     n_kv_heads = config.get("num_key_value_heads") or n_heads
     head_dim = config.get("head_dim") or config["hidden_size"] // n_heads
-    a = rms_norm(x, weights[layer + "input_layernorm.weight"], config["rms_norm_eps"])
-    q = _linear(weights, layer + "self_attn.q_proj", n_heads * head_dim, a).reshape(n, n_heads, -1)
-    k = _linear(weights, layer + "self_attn.k_proj", n_kv_heads * head_dim, a).reshape(
-        n, n_kv_heads, -1
-    )
-    v = _linear(weights, layer + "self_attn.v_proj", n_kv_heads * head_dim, a).reshape(
-        n, n_kv_heads, -1
-    )
+    a = rms_norm(x, weights[layer + "input_layernorm.weight"], eps)
+
+    def heads(name: str, count: int) -> Floats:
+        y = _linear(config, weights, f"{layer}self_attn.{name}_proj", count * head_dim, a)
+        norm = f"{layer}self_attn.{name}_norm.weight"  # Qwen3 and Gemma 3, of queries and keys
+        if norm in weights:
+            y = rms_norm(y.reshape(-1, head_dim), weights[norm], eps)
+        return y.reshape(n, count, head_dim)
+
+    q, k, v = heads("q", n_heads), heads("k", n_kv_heads), heads("v", n_kv_heads)
     a = attention(rope(q, tables), rope(k, tables), v)
     if config["model_type"] == "bitnet":
-        a = rms_norm(a, weights[layer + "self_attn.attn_sub_norm.weight"], config["rms_norm_eps"])
-    return _linear(weights, layer + "self_attn.o_proj", config["hidden_size"], a)
+        a = rms_norm(a, weights[layer + "self_attn.attn_sub_norm.weight"], eps)
+    a = _linear(config, weights, layer + "self_attn.o_proj", config["hidden_size"], a)
+    if config["model_type"] == "gemma3_text":
+        a = rms_norm(a, weights[layer + "post_attention_layernorm.weight"], eps)
+    return a
 
 
 def feed_forward_block(config: Config, weights: Weights, layer: str, x: Floats) -> Floats:
     """What the feed-forward network of one layer adds to x."""
-    f = rms_norm(x, weights[layer + "post_attention_layernorm.weight"], config["rms_norm_eps"])
-    gate = ACTIVATIONS[config["hidden_act"]](
-        _linear(weights, layer + "mlp.gate_proj", config["intermediate_size"], f)
-    )
-    f = gate * _linear(weights, layer + "mlp.up_proj", config["intermediate_size"], f)
+    gemma, eps = config["model_type"] == "gemma3_text", config["rms_norm_eps"]
+    before = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
+    f = rms_norm(x, weights[f"{layer}{before}.weight"], eps)
+    width = config["intermediate_size"]
+    gate = _linear(config, weights, layer + "mlp.gate_proj", width, f)
+    gate = ACTIVATIONS[config["hidden_act"]](gate)
+    f = gate * _linear(config, weights, layer + "mlp.up_proj", width, f)
     if config["model_type"] == "bitnet":
-        f = rms_norm(f, weights[layer + "mlp.ffn_sub_norm.weight"], config["rms_norm_eps"])
-    return _linear(weights, layer + "mlp.down_proj", config["hidden_size"], f)
+        f = rms_norm(f, weights[layer + "mlp.ffn_sub_norm.weight"], eps)
+    f = _linear(config, weights, layer + "mlp.down_proj", config["hidden_size"], f)
+    if gemma:
+        f = rms_norm(f, weights[layer + "post_feedforward_layernorm.weight"], eps)
+    return f
 
 
-def _linear(weights: Weights, name: str, rows: int, x: Floats) -> Floats:
+def _linear(config: Config, weights: Weights, name: str, rows: int, x: Floats) -> Floats:
+    if name + ".norm.weight" in weights:  # BitLinear with a norm of its own
+        x = rms_norm(x, weights[name + ".norm.weight"], config["rms_norm_eps"])
+    activations = config.get("activations", "int8")
     stored = weights[name + ".weight"]
     if name + ".weight_scale" in weights:
         trits = unpack(stored, rows) if stored.dtype == np.uint8 else stored
-        return project(x, trits, weights[name + ".weight_scale"][0])
-    return project(x, *absmean(to_float32(stored)))
+        return project(x, trits, weights[name + ".weight_scale"], activations)
+    trits, scale = absmean(to_float32(stored))
+    return project(x, trits, scale.reshape(1), activations)
 
 
 def _rope_theta(config: Config) -> float:

@@ -266,6 +266,7 @@ impl<'a> Bench<'a> {
             rows: self.buffer.len() / group_bytes * row_group,
             cols,
             scale: 1.0,
+            group_scales: None,
             row_group,
             group_bytes,
             bytes: std::mem::take(&mut self.buffer),

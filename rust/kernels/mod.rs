@@ -35,6 +35,26 @@ mod x86_64;
 
 pub use measure::{Projection, Speed, measure};
 
+/// What a projection multiplies its weights by.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Activations {
+    /// int8, each token by its absolute maximum: what BitNet models are trained with.
+    Int8,
+    /// float32, as they are.
+    Float,
+}
+
+impl Activations {
+    /// As in the config, and in names of kernels.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Activations::Int8 => "int8",
+            Activations::Float => "float",
+        }
+    }
+}
+
 /// A way to store a matrix.
 ///
 /// The packed form is a sequence of *row groups* of equal size, so that rows
@@ -50,6 +70,12 @@ pub trait Layout: Send + Sync {
 
     /// Bytes of one packed row group of a matrix with `cols` columns.
     fn group_bytes(&self, cols: usize) -> usize;
+
+    /// Columns that groups with a scale of their own are a multiple of, unless a group
+    /// is a whole row; `None` where a matrix has one scale.
+    fn scale_granule(&self) -> Option<usize> {
+        None
+    }
 
     /// The values that weights may have.
     fn levels(&self) -> Levels {
@@ -77,6 +103,11 @@ pub trait Kernel: Send + Sync {
 
     /// The layout of the matrices that it multiplies.
     fn layout(&self) -> &'static dyn Layout;
+
+    /// What it makes of its inputs.
+    fn activations(&self) -> Activations {
+        Activations::Int8
+    }
 
     /// Names the form of the table in [`Prepared`] that
     /// [`build_table`](Kernel::build_table) makes and [`gemv`](Kernel::gemv)
@@ -171,6 +202,15 @@ impl Kernels {
                 layout(*other)
             ));
         }
+        if let Some(other) = kernels.iter().find(|k| k.activations() != first.activations()) {
+            return Err(invalid!(
+                "kernel {:?} takes {} activations, kernel {:?} takes {}; wanted the same of all",
+                first.name(),
+                first.activations().name(),
+                other.name(),
+                other.activations().name()
+            ));
+        }
         Ok(Self(kernels))
     }
 
@@ -212,6 +252,9 @@ pub struct Prepared {
     sum: i32,
     /// `s`: divide by it to get the activation back.
     divisor: f32,
+    /// What kernels of several scales multiply: activations, or `q`, as float32, then
+    /// zeros.
+    floats: Vec<f32>,
     /// A lookup table of one kernel, and the name of its form.
     table: AlignedBytes,
     table_form: &'static str,
@@ -338,6 +381,9 @@ pub struct PackedMatrix {
     rows: usize,
     cols: usize,
     scale: f32,
+    /// Where there are several: for each row group and group of columns, that of each
+    /// row; and the columns of a group.
+    group_scales: Option<(Vec<f32>, usize)>,
     row_group: usize,
     group_bytes: usize,
     bytes: AlignedBytes,
@@ -363,7 +409,7 @@ impl PackedMatrix {
     /// [`Team::run`].
     ///
     /// # Errors
-    /// The layout holds other levels than the matrix.
+    /// The layout holds other levels than the matrix, or not its scales.
     pub fn pack<'a>(
         kernels: Kernels,
         w: impl Into<LevelMatrix<'a>>,
@@ -380,6 +426,7 @@ impl PackedMatrix {
             ));
         }
         let mut packed = Self::zeroed(kernels, w.rows(), w.cols(), w.scale());
+        packed.group_scales = w.group_scales().map(|s| grouped(layout, &w, s)).transpose()?;
         let (group, group_bytes) = (packed.row_group, packed.group_bytes);
         team.split(packed.bytes.as_mut_slice(), group_bytes, CHUNKS_PER_THREAD, |start, chunk| {
             // One row group as int8, for matrices that are stored otherwise.
@@ -398,7 +445,7 @@ impl PackedMatrix {
         let layout = kernels.layout();
         let (row_group, group_bytes) = (layout.row_group(), layout.group_bytes(cols));
         let bytes = AlignedBytes::zeroed_shared(rows.div_ceil(row_group) * group_bytes);
-        Self { kernels, rows, cols, scale, row_group, group_bytes, bytes }
+        Self { kernels, rows, cols, scale, group_scales: None, row_group, group_bytes, bytes }
     }
 
     /// A matrix of random weights, to measure with; every 64 row groups
@@ -453,7 +500,7 @@ impl PackedMatrix {
     /// Bytes in memory, all of which a GEMV reads.
     #[must_use]
     pub fn n_bytes(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len() + self.group_scales.as_ref().map_or(0, |(s, _)| size_of_val(&s[..]))
     }
 
     /// The kernels that read it.
@@ -478,6 +525,37 @@ impl PackedMatrix {
         let bytes = &self.bytes.as_slice()[groups.start * self.group_bytes..];
         bytes.chunks_exact(self.group_bytes).take(groups.len())
     }
+}
+
+/// Scales as [`PackedMatrix`] keeps them, and the columns of a group.
+fn grouped(
+    layout: &dyn Layout,
+    w: &LevelMatrix<'_>,
+    scales: &[f32],
+) -> Result<(Vec<f32>, usize), Error> {
+    let (rows, cols) = (w.rows(), w.cols());
+    let groups = scales.len() / rows;
+    let group = cols.div_ceil(groups);
+    let Some(granule) = layout.scale_granule() else {
+        return Err(invalid!(
+            "has {groups} scales for each row, and the layout {} holds one for a matrix; take a \
+             kernel of the layout i2g",
+            layout.name()
+        ));
+    };
+    if groups > 1 && !group.is_multiple_of(granule) {
+        return Err(invalid!(
+            "has a scale for each {group} columns; wanted a multiple of {granule}"
+        ));
+    }
+    let row_group = layout.row_group();
+    let mut out = vec![0.0; rows.div_ceil(row_group) * row_group * groups];
+    for (r, scales) in scales.chunks_exact(groups).enumerate() {
+        for (g, &scale) in scales.iter().enumerate() {
+            out[(r / row_group * groups + g) * row_group + r % row_group] = scale;
+        }
+    }
+    Ok((out, group))
 }
 
 /// `y[t * rows + r] = w[r] . xs[t]` for each pair of a matrix and its output:
@@ -622,6 +700,23 @@ pub fn available(isa: Isa) -> Vec<&'static dyn Kernel> {
     all.iter().filter(|(needs, _)| *needs <= isa).map(|(_, kernel)| kernel.as_ref()).collect()
 }
 
+/// The kernels of [`Layout::scale_granule`] for `activations` that `isa` can run, fastest
+/// first; the last is scalar. All give the same bits, which are not those of
+/// [`available`], though with int8 activations and one scale they differ by roundings only.
+#[must_use]
+pub fn available_grouped(isa: Isa, activations: Activations) -> Vec<&'static dyn Kernel> {
+    static ALL: OnceLock<Vec<(Isa, generic::i2g::Grouped)>> = OnceLock::new();
+    let all = ALL.get_or_init(|| {
+        let kinds = [Activations::Float, Activations::Int8];
+        let each = |isa| kinds.map(|kind| (isa, generic::i2g::Grouped::new(isa, kind)));
+        Isa::available().into_iter().rev().flat_map(each).collect()
+    });
+    let fits = |(needs, kernel): &&(Isa, generic::i2g::Grouped)| {
+        *needs <= isa && kernel.activations() == activations
+    };
+    all.iter().filter(fits).map(|(_, kernel)| kernel as &dyn Kernel).collect()
+}
+
 /// The kernels of `levels` that `isa` can run, fastest first; the last is
 /// scalar. For ternary levels that is [`available`]; for others the element-wise
 /// tables of the levels' own layout, such as `elut(-3,-1,1,3)`.
@@ -655,17 +750,30 @@ pub fn available_for(isa: Isa, levels: Levels) -> Vec<&'static dyn Kernel> {
     kernels.iter().filter(|(needs, _)| *needs <= isa).map(|(_, kernel)| kernel.as_ref()).collect()
 }
 
-/// The kernel called `name`, or the fastest one.
+/// The kernel called `name`, or the fastest one for these activations.
 ///
 /// # Errors
-/// A name that is not in [`available`].
-pub fn by_name(isa: Isa, name: Option<&str>) -> Result<&'static dyn Kernel, Error> {
-    let kernels = available(isa);
+/// A name that is not in [`available`] or [`available_grouped`], or of a kernel for other
+/// activations.
+pub fn by_name(
+    isa: Isa,
+    activations: Activations,
+    name: Option<&str>,
+) -> Result<&'static dyn Kernel, Error> {
+    let mut kernels = match activations {
+        Activations::Int8 => available(isa),
+        Activations::Float => Vec::new(),
+    };
+    kernels.extend(available_grouped(isa, activations));
     match name {
         None => Ok(kernels[0]),
         Some(name) => kernels.iter().find(|k| k.name() == name).copied().ok_or_else(|| {
             let names: Vec<_> = kernels.iter().map(|k| k.name()).collect();
-            invalid!("unknown kernel {name:?}; this machine has {}", names.join(", "))
+            invalid!(
+                "unknown kernel {name:?}; for {} activations this machine has {}",
+                activations.name(),
+                names.join(", ")
+            )
         }),
     }
 }

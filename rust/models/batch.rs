@@ -34,6 +34,8 @@ pub enum Want {
     All,
     /// The best so many, at least one.
     Top(usize),
+    /// Instead of logits, what the head would take: the final norm's output.
+    Hidden,
 }
 
 /// One token of a batch.

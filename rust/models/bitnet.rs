@@ -7,7 +7,7 @@
 
 use super::batch::{self, Segment, Wanted};
 use super::scratch::{Scratch, Scratches};
-use super::steps::{self, angles, attention, embed, norm_prepare, q_k_v, zip_rows};
+use super::steps::{self, Qkv, angles, attention, embed, norm_prepare, q_k_v, zip_rows};
 use super::weights::{Embeddings, ternary, vector};
 use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
 use crate::error::Error;
@@ -124,9 +124,13 @@ impl Bitnet {
         for (index, layer) in self.layers.iter().enumerate() {
             norm_prepare(m, &s.h, &layer.input_layernorm, eps, &mut s.normed, &mut s.xs);
             m.team.lap("norm, quantize");
-            let projections = [&layer.q_proj, &layer.k_proj, &layer.v_proj];
+            let qkv = Qkv {
+                projections: [&layer.q_proj, &layer.k_proj, &layer.v_proj],
+                norms: None,
+                head_norms: None,
+            };
             let last = index + 1 == self.layers.len();
-            q_k_v(m, d, index, projections, s, batch, last.then_some(&mut wants));
+            q_k_v(m, d, index, &qkv, s, batch, last.then_some(&mut wants));
             if s.rows.is_empty() {
                 break;
             }

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use crate::error::{Error, invalid};
-use crate::kernels::Projection;
+use crate::kernels::{Activations, Projection};
 use crate::ops::activation::Activation;
 use crate::ternary::MAX_COLS;
 
@@ -33,7 +33,7 @@ pub enum Value {
 pub struct ConfigMap(pub HashMap<String, Value>);
 
 impl ConfigMap {
-    fn get(&self, field: &str) -> Option<&Value> {
+    pub(super) fn get(&self, field: &str) -> Option<&Value> {
         self.0.get(field).filter(|v| **v != Value::Null)
     }
 
@@ -48,7 +48,22 @@ impl ConfigMap {
         }
     }
 
-    fn count(&self, field: &str) -> Result<usize, Error> {
+    /// What projections multiply: `activations`, which is "int8" or "float". Loaders say
+    /// it; files have no such field.
+    ///
+    /// # Errors
+    /// Another value.
+    pub fn activations(&self) -> Result<Activations, Error> {
+        if self.get("activations").is_none() {
+            return Ok(Activations::Int8);
+        }
+        let found = self.str("activations")?;
+        [Activations::Int8, Activations::Float].into_iter().find(|a| a.name() == found).ok_or_else(
+            || invalid!("config field activations is {found:?}; wanted \"int8\" or \"float\""),
+        )
+    }
+
+    pub(super) fn count(&self, field: &str) -> Result<usize, Error> {
         match self.get(field) {
             // Beyond 2^31 no size is real, and products of two could overflow.
             Some(&Value::Int(n)) if (1..1 << 31).contains(&n) => Ok(n as usize),
@@ -60,7 +75,7 @@ impl ConfigMap {
         self.get(field).map_or(Ok(default), |_| self.count(field))
     }
 
-    fn number(&self, field: &str) -> Result<f64, Error> {
+    pub(super) fn number(&self, field: &str) -> Result<f64, Error> {
         match self.get(field) {
             Some(&Value::Int(n)) => Ok(n as f64),
             Some(&Value::Float(x)) if x.is_finite() => Ok(x),
@@ -68,7 +83,7 @@ impl ConfigMap {
         }
     }
 
-    fn flag_or(&self, field: &str, default: bool) -> Result<bool, Error> {
+    pub(super) fn flag_or(&self, field: &str, default: bool) -> Result<bool, Error> {
         match self.get(field) {
             None => Ok(default),
             Some(&Value::Bool(b)) => Ok(b),
@@ -92,6 +107,7 @@ impl ConfigMap {
         let name = |a: &Activation| match a {
             Activation::Relu2 => "relu2",
             Activation::Silu => "silu",
+            Activation::GeluTanh => "gelu_pytorch_tanh",
         };
         let found = self.str("hidden_act")?;
         known.iter().find(|a| name(a) == found).copied().ok_or_else(|| {

@@ -2,16 +2,19 @@
 //! in: a config, named tensors, a ragged batch.
 
 mod batch;
+mod bit_linear;
 mod bitnet;
 mod config;
+mod gemma3;
 mod llama;
+mod qwen3;
 mod scratch;
 mod steps;
 mod weights;
 
 use crate::cpu::Isa;
 use crate::error::{Error, invalid};
-use crate::kernels::{self, INPUTS, Kernels, PackedMatrix};
+use crate::kernels::{self, Activations, INPUTS, Kernels, PackedMatrix};
 use crate::kv_cache::{KvShape, ModelId};
 use crate::threads::Team;
 
@@ -30,6 +33,8 @@ pub struct Logits {
     pub rows: Vec<f32>,
     /// The best logits of a token.
     pub top: Vec<TopLogits>,
+    /// Rows of the final norm's output, `hidden_size` each.
+    pub hidden: Vec<f32>,
 }
 
 /// How the head was used, since the model was loaded.
@@ -99,21 +104,22 @@ pub struct Machine {
 
 impl Machine {
     /// Takes kernels by name and a number of threads (one for each CPU if
-    /// `None`). Without a name it is the first of [`kernels::available`];
+    /// `None`). Without a name it is the first of those for `activations`;
     /// without `batch` kernels, for each of [`INPUTS`] but the first, `kernel` does
     /// all. A kernel of a lower instruction set does not lower that of the float
     /// half: the bits are the same.
     ///
     /// # Errors
-    /// An unknown kernel, some that read different layouts or are not as many as
-    /// wanted, a wrong `BITNET_RS_ISA`, no threads.
+    /// An unknown kernel or one for other activations, some that read different layouts or
+    /// are not as many as wanted, a wrong `BITNET_RS_ISA`, no threads.
     pub fn new(
+        activations: Activations,
         kernel: Option<&str>,
         batch: Option<&[String]>,
         threads: Option<usize>,
     ) -> Result<Self, Error> {
         let isa = Isa::best()?;
-        let decode = kernels::by_name(isa, kernel)?;
+        let decode = kernels::by_name(isa, activations, kernel)?;
         let mut all = [decode; INPUTS.len()];
         if let Some(batch) = batch {
             if batch.len() + 1 != all.len() {
@@ -124,7 +130,7 @@ impl Machine {
                 ));
             }
             for (kernel, name) in all[1..].iter_mut().zip(batch) {
-                *kernel = kernels::by_name(isa, Some(name))?;
+                *kernel = kernels::by_name(isa, activations, Some(name))?;
             }
         }
         let kernels = Kernels::new(all)?;
@@ -177,16 +183,29 @@ pub trait Model: Send + Sync {
 /// Builds the model that `config`'s `model_type` names.
 ///
 /// # Errors
-/// An unknown architecture, a config that it cannot run, tensors that are
-/// missing or do not fit.
+/// An unknown architecture, a config that it cannot run or whose activations are not
+/// those of the machine's kernels, tensors that are missing or do not fit.
 pub fn load(
     config: &ConfigMap,
     weights: &dyn Weights,
     machine: Machine,
 ) -> Result<Box<dyn Model>, Error> {
+    let (wanted, kernel) = (config.activations()?, machine.kernels.decode());
+    if kernel.activations() != wanted {
+        return Err(invalid!(
+            "kernel {:?} takes {} activations; this model's config wants {}",
+            kernel.name(),
+            kernel.activations().name(),
+            wanted.name()
+        ));
+    }
     match config.str("model_type")? {
         "bitnet" => Ok(Box::new(bitnet::Bitnet::new(config, weights, machine)?)),
+        "gemma3_text" => Ok(Box::new(gemma3::Gemma3::new(config, weights, machine)?)),
         "llama" => Ok(Box::new(llama::Llama::new(config, weights, machine)?)),
-        other => Err(invalid!("model_type is {other:?}; wanted \"bitnet\" or \"llama\"")),
+        "qwen3" => Ok(Box::new(qwen3::Qwen3::new(config, weights, machine)?)),
+        other => Err(invalid!(
+            "model_type is {other:?}; wanted \"bitnet\", \"gemma3_text\", \"llama\" or \"qwen3\""
+        )),
     }
 }

@@ -19,7 +19,11 @@ pub(super) struct Scratch {
     pub(super) rows: Vec<Row>,
     /// Rotary angles, which all layers share.
     pub(super) angles: Vec<f32>,
+    /// Where a model has two kinds of layers, those of the kind not in use.
+    pub(super) other_angles: Vec<f32>,
     pub(super) h: Vec<f32>,
+    /// `h` normalized, where projections have norms of their own.
+    pub(super) a: Vec<f32>,
     pub(super) delta: Vec<f32>,
     pub(super) normed: Vec<f32>,
     pub(super) q: Vec<f32>,
@@ -62,7 +66,8 @@ impl Scratch {
     /// alone. `wants` has their new places afterwards.
     pub(super) fn keep(&mut self, m: &Machine, d: &Dims, wants: &mut [(usize, Want)]) {
         for (to, (from, _)) in wants.iter_mut().enumerate() {
-            for (buffer, width) in [(&mut self.h, d.hidden), (&mut self.angles, d.head_dim)] {
+            let (h, a, angles) = (&mut self.h, &mut self.a, &mut self.angles);
+            for (buffer, width) in [(h, d.hidden), (a, d.hidden), (angles, d.head_dim)] {
                 buffer.copy_within(*from * width..(*from + 1) * width, to * width);
             }
             self.rows.swap(to, *from);
@@ -81,10 +86,12 @@ impl Scratch {
     }
 
     /// Those that have a row for each token, and their widths.
-    fn buffers(&mut self, d: &Dims) -> [(&mut Vec<f32>, usize); 9] {
+    fn buffers(&mut self, d: &Dims) -> [(&mut Vec<f32>, usize); 11] {
         [
             (&mut self.angles, d.head_dim),
+            (&mut self.other_angles, d.head_dim),
             (&mut self.h, d.hidden),
+            (&mut self.a, d.hidden),
             (&mut self.delta, d.hidden),
             (&mut self.q, d.q_width()),
             (&mut self.k, d.kv_width()),

@@ -80,6 +80,28 @@ pub(super) fn prepare(m: &Machine, x: &[f32], width: usize, xs: &mut [Prepared])
     });
 }
 
+/// `out[row] = rms_norm(x[row])`, where what follows takes it as floats.
+pub(super) fn norm_rows(m: &Machine, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let width = weight.len();
+    m.team.split(out, width, CHUNKS, |start, out| {
+        for (x, out) in x[start..].chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            rms_norm(m.isa, x, weight, eps, out);
+        }
+    });
+}
+
+/// Normalizes every head of every row, in place.
+fn norm_heads(m: &Machine, x: &mut [f32], weight: &[f32], eps: f32) {
+    let head_dim = weight.len();
+    m.team.split(x, head_dim, CHUNKS, |_, x| {
+        let mut head = vec![0.0; head_dim];
+        for x in x.chunks_exact_mut(head_dim) {
+            rms_norm(m.isa, x, weight, eps, &mut head);
+            x.copy_from_slice(&head);
+        }
+    });
+}
+
 /// Calls `f(a[row], b[row])` for every row, where `b` is only read.
 pub(super) fn zip_rows(
     m: &Machine,
@@ -121,6 +143,44 @@ fn place(
     }
 }
 
+/// What makes queries, keys and values.
+pub(super) struct Qkv<'a> {
+    /// Their projections.
+    pub(super) projections: [&'a PackedMatrix; 3],
+    /// Norms before each of them, of the layer's normalized input `Scratch::a`; without
+    /// them all three take what is in `Scratch::xs`.
+    pub(super) norms: Option<[&'a [f32]; 3]>,
+    /// Norms of each head of queries and of keys.
+    pub(super) head_norms: Option<[&'a [f32]; 2]>,
+}
+
+impl Qkv<'_> {
+    /// Those of `which`, from the rows in `s`, normalized.
+    fn project<const N: usize>(&self, m: &Machine, d: &Dims, which: [usize; N], s: &mut Scratch) {
+        let Scratch { a, normed, xs, q, k, v, .. } = s;
+        let mut outs = [Some(&mut q[..]), Some(&mut k[..]), Some(&mut v[..])];
+        let mut products = which.map(|i| (i, self.projections[i], outs[i].take()));
+        if let Some(norms) = self.norms {
+            for (i, w, out) in &mut products {
+                norm_prepare(m, a, norms[*i], d.eps, normed, xs);
+                multiply(&m.team, xs, [(*w, out.take().unwrap_or_default())]);
+            }
+        } else {
+            multiply(&m.team, xs, products.map(|(_, w, out)| (w, out.unwrap_or_default())));
+        }
+        if let Some(norms) = self.head_norms {
+            for i in which {
+                match i {
+                    0 => norm_heads(m, q, norms[0], d.eps),
+                    1 => norm_heads(m, k, norms[1], d.eps),
+                    _ => {}
+                }
+            }
+        }
+        m.team.lap("q, k, v");
+    }
+}
+
 /// Queries, keys and values of a layer, turned, and the latter two in the caches. In
 /// the last layer, which is given what is `wanted`, only rows of which logits are
 /// wanted have a use for more than keys and values: `s` keeps no others, perhaps none.
@@ -128,26 +188,22 @@ pub(super) fn q_k_v(
     m: &Machine,
     dims: &Dims,
     layer: usize,
-    [q_proj, k_proj, v_proj]: [&PackedMatrix; 3],
+    qkv: &Qkv<'_>,
     s: &mut Scratch,
     batch: &mut [Segment<'_>],
     wanted: Option<&mut Vec<(usize, Want)>>,
 ) {
     if let Some(wants) = wanted.filter(|wants| wants.len() < s.rows.len()) {
-        multiply(&m.team, &s.xs, [(k_proj, &mut s.k[..]), (v_proj, &mut s.v)]);
-        m.team.lap("q, k, v");
+        qkv.project(m, dims, [1, 2], s);
         place(m, dims, layer, &s.angles, batch, [&mut s.k, &mut s.v]);
         m.team.lap("rotate, cache");
         s.keep(m, dims, wants);
         if s.rows.is_empty() {
             return;
         }
-        multiply(&m.team, &s.xs, [(q_proj, &mut s.q)]);
-        m.team.lap("q, k, v");
+        qkv.project(m, dims, [0], s);
     } else {
-        let products = [(q_proj, &mut s.q[..]), (k_proj, &mut s.k), (v_proj, &mut s.v)];
-        multiply(&m.team, &s.xs, products);
-        m.team.lap("q, k, v");
+        qkv.project(m, dims, [0, 1, 2], s);
         place(m, dims, layer, &s.angles, batch, [&mut s.k, &mut s.v]);
     }
     turn(m, dims, &s.angles, &mut s.q);
@@ -261,6 +317,7 @@ pub(super) fn logits(
     m.team.lap("norm, quantize");
     let head = embeddings.head();
     let (mut full, mut best, mut ks) = (Vec::new(), Vec::new(), Vec::new());
+    let mut hidden = Vec::new();
     for (x, (_, want)) in normed.chunks_exact(width).zip(wants) {
         match want {
             Want::Nothing => {}
@@ -269,6 +326,7 @@ pub(super) fn logits(
                 best.push(x);
                 ks.push(*k);
             }
+            Want::Hidden => hidden.extend_from_slice(x),
         }
     }
     let mut rows = Vec::new();
@@ -292,5 +350,5 @@ pub(super) fn logits(
         top_logits(head, &embeddings.scan, m.isa, &m.team, &best, &ks, scratch)
     };
     embeddings.count(&top);
-    Ok(Logits { rows, top })
+    Ok(Logits { rows, top, hidden })
 }

@@ -142,7 +142,32 @@ fn dense(
     named(name, team.run(|| DenseMatrix::new(rows, cols, floats, machine.isa, team))?)
 }
 
-/// A ternary matrix: trits with a scale, or masters to be quantized.
+/// Scales of a ternary matrix of `rows`: one, or `[rows, groups]` of them.
+///
+/// # Errors
+/// Another shape or dtype.
+fn scales(weights: &dyn Weights, name: &str, rows: usize) -> Result<Vec<f32>, Error> {
+    let mut out = Vec::new();
+    weights.visit(name, &mut |tensor| {
+        let data = match (tensor.data, tensor.shape) {
+            (TensorData::F32(v), [1]) => v,
+            (TensorData::F32(v), &[n, groups]) if n == rows && groups > 0 => v,
+            (TensorData::F32(_), shape) => {
+                let wanted = "wanted [1], or for each row those of its groups of columns";
+                return named(name, Err(invalid!("has shape {shape:?}; {wanted}")));
+            }
+            (other, _) => {
+                let found = other.dtype();
+                return named(name, Err(invalid!("has dtype {found}; wanted float32")));
+            }
+        };
+        out = data.to_vec();
+        Ok(())
+    })?;
+    Ok(out)
+}
+
+/// A ternary matrix: trits with a scale or several, or masters to be quantized.
 pub(super) fn ternary(
     weights: &dyn Weights,
     machine: &Machine,
@@ -152,9 +177,15 @@ pub(super) fn ternary(
 ) -> Result<PackedMatrix, Error> {
     let scale_name = format!("{name}_scale");
     let scale = if weights.contains(&scale_name)? {
-        Some(vector(weights, &scale_name, 1)?[0])
+        Some(scales(weights, &scale_name, rows)?)
     } else {
         None
+    };
+    let scaled = |w: TernaryMatrix<'_>, scales: &[f32]| {
+        if scales.len() == 1 {
+            return pack(machine, &w);
+        }
+        w.with_group_scales(scales).and_then(|w| pack(machine, &w))
     };
     let mut out = None;
     weights.visit(name, &mut |tensor| {
@@ -163,13 +194,13 @@ pub(super) fn ternary(
             _ => rows,
         };
         named(name, check_shape(tensor.shape, &[stored_rows, cols]))?;
-        let packed = match (tensor.data, scale) {
+        let packed = match (tensor.data, &scale) {
             (TensorData::I8(trits), Some(scale)) => {
-                TernaryMatrix::new(trits, rows, cols, scale).and_then(|w| pack(machine, &w))
+                TernaryMatrix::new(trits, rows, cols, scale[0]).and_then(|w| scaled(w, scale))
             }
             (TensorData::U8(bytes), Some(scale)) => {
-                TernaryMatrix::from_quarters(bytes, rows, cols, scale)
-                    .and_then(|w| pack(machine, &w))
+                TernaryMatrix::from_quarters(bytes, rows, cols, scale[0])
+                    .and_then(|w| scaled(w, scale))
             }
             (TensorData::I8(_) | TensorData::U8(_), None) => {
                 Err(invalid!("holds trits, but there is no {scale_name:?}"))

@@ -10,6 +10,9 @@ pub enum Activation {
     Relu2,
     /// `x / (1 + e^-x)`: `"silu"`.
     Silu,
+    /// `x / (1 + e^-2u)`, `u = sqrt(2 / pi) (x + 0.044715 x^3)`:
+    /// `"gelu_pytorch_tanh"`, which is written `x (1 + tanh u) / 2`.
+    GeluTanh,
 }
 
 /// `gate[i] = activation(gate[i]) * up[i]`.
@@ -30,6 +33,18 @@ pub fn gate_up(isa: Isa, activation: Activation, gate: &mut [f32], up: &[f32]) {
             || {
                 for (g, &u) in gate.iter_mut().zip(up) {
                     *g = *g / (1.0 + exp(-*g)) * u;
+                }
+            },
+        ),
+        Activation::GeluTanh => isa.vectorize(
+            #[inline(always)]
+            || {
+                /// `2 sqrt(2 / pi)`.
+                const SLOPE: f32 = 1.595_769;
+                for (g, &u) in gate.iter_mut().zip(up) {
+                    let x = *g;
+                    let cubic = (x * x * x).mul_add(0.044_715, x);
+                    *g = x / (1.0 + exp(-SLOPE * cubic)) * u;
                 }
             },
         ),

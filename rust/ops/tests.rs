@@ -84,7 +84,7 @@ fn exp_is_the_same_everywhere() {
 fn activations_are_the_same_everywhere_and_right() {
     for n in WIDTHS {
         let (gate, up) = (values(n, 4), values(n, 5));
-        for activation in [Activation::Relu2, Activation::Silu] {
+        for activation in [Activation::Relu2, Activation::Silu, Activation::GeluTanh] {
             let y = same_bits("gate_up", |isa| {
                 let mut y = gate.clone();
                 gate_up(isa, activation, &mut y, &up);
@@ -96,6 +96,11 @@ fn activations_are_the_same_everywhere_and_right() {
                     * match activation {
                         Activation::Relu2 => g.max(0.0).powi(2),
                         Activation::Silu => g / (1.0 + (-g).exp()),
+                        Activation::GeluTanh => {
+                            let u =
+                                (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g * g * g);
+                            g * (1.0 + u.tanh()) / 2.0
+                        }
                     };
                 assert!((f64::from(y[i]) - right).abs() <= 1e-6 * right.abs() + 1e-37);
             }

@@ -4,6 +4,7 @@
 pub(super) mod blocks;
 pub(super) mod elut;
 pub(super) mod i2;
+pub(super) mod i2g;
 pub(super) mod t5;
 pub(super) mod tl1;
 pub(super) mod tl2;

@@ -201,7 +201,7 @@ fn add_register<D: Dpbusd>(
 /// Everything but the instruction, on any CPU with AVX2.
 #[cfg(test)]
 mod tests {
-    use super::super::super::{Kernels, by_name};
+    use super::super::super::{Activations, Kernels, by_name};
     use super::super::avxvnni_tile::add_run;
     use super::super::tiles;
     use super::*;
@@ -229,7 +229,7 @@ mod tests {
         }) else {
             return;
         };
-        let generic = by_name(Isa::GENERIC, Some("generic-i2")).unwrap();
+        let generic = by_name(Isa::GENERIC, Activations::Int8, Some("generic-i2")).unwrap();
         let team = Team::new(Some(1)).unwrap();
         let rows = 22;
         for cols in (1..700).step_by(13).chain([256, 1024, 1280, 2560, 3000, 6912]) {
