@@ -615,7 +615,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": "BitNetForCausalLM"}, r"`architectures` is 'BitNetForCausalLM'"),
     ({"architectures": [3]}, r"`architectures` is \[3\]"),
     ({"architectures": [["BitNetForCausalLM"]]}, r"`architectures` is \[\['BitNetForCausalLM'\]\]"),
-    ({"architectures": ..., "model_type": "qwen3"}, r"`architectures` is None"),
+    ({"architectures": ..., "model_type": "gpt2"}, r"`architectures` is None"),
     ({"architectures": ..., "model_type": ["bitnet"]}, r"`architectures` is None"),
     ({"model_type": "mistral"}, r"`model_type` is 'mistral'; BitNetForCausalLM wants 'bitnet'"),
     ({"quantization_config": "bitnet"}, r"`quantization_config` is 'bitnet'; wanted an object"),

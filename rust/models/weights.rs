@@ -161,6 +161,9 @@ fn scales(weights: &dyn Weights, name: &str, rows: usize) -> Result<Vec<f32>, Er
                 return named(name, Err(invalid!("has dtype {found}; wanted float32")));
             }
         };
+        if !data.iter().all(|scale| scale.is_finite()) {
+            return named(name, Err(invalid!("holds infinities or NaNs")));
+        }
         out = data.to_vec();
         Ok(())
     })?;

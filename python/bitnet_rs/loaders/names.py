@@ -1,42 +1,44 @@
 """Checkpoint tensors to canonical weights: names, forms, scale direction, checks.
 
 For `open_checkpoint`. A new Hugging Face spelling of a ternary model belongs here and nowhere
-else. Canonical names are those of `microsoft/bitnet-b1.58-2B-4T`; the canonical form of a
-projection is either trits, four a byte as they are stored, with a float32 scale that multiplies,
-or float masters as they are, which the core quantizes by their absolute mean.
+else. Canonical names are those of transformers' classes (`families.py`); the canonical form of a
+projection is either trits, four a byte as they are stored, with a float32 scale that multiplies;
+or a byte each, with one scale or several; or float masters as they are, which the core quantizes
+by their absolute mean.
 
 Everything that changes the result and is not understood is refused: a form, a field, a tensor
 that no architecture here has.
 """
 
-import math
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn, Self
+from typing import Any, Final, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_rs.loaders.families import (
+    PROJECTIONS,
+    Activations,
+    Architecture,
+    Axis,
+    Dimensions,
+    architecture,
+    expected_tensors,
+    has_sub_norms,
+)
 from bitnet_rs.loaders.safetensors import Reader, TensorInfo, to_float32
+from bitnet_rs.loaders.ternary_values import is_ternary, recover
 
-Architecture = Literal["bitnet", "llama"]
-Kind = Literal["packed", "masters", "scale", "norm", "dense"]
+# How an entry is stored; "values" are floats that are ternary already, "scales" are theirs.
+Kind = Literal["packed", "masters", "values", "scale", "scales", "norm", "dense"]
 
 _FLOATS: Final = ("F32", "F16", "BF16")
 _DTYPE_NAMES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-# `architectures` of config.json: the core's architecture, and the model_type that may go with
-# it. 1bitLLM's models say "llama" but have sub-norms, in modelling code of their own.
-_ARCHITECTURES: Final[Mapping[str, tuple[Architecture, tuple[str, ...]]]] = {
-    "BitNetForCausalLM": ("bitnet", ("bitnet",)),
-    "BitnetForCausalLM": ("bitnet", ("bitnet", "llama")),
-    "LlamaForCausalLM": ("llama", ("llama",)),
-}
-_BY_MODEL_TYPE: Final = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM"}
 
 # Spelling on disk -> canonical.
 _ALIASES: Final = {
@@ -45,62 +47,52 @@ _ALIASES: Final = {
 }
 # A constant of RoPE that old checkpoints store; it follows from config.json.
 _DERIVED: Final = "rotary_emb.inv_freq"
-
-
-def architecture(config: Mapping[str, Any], where: Path) -> Architecture:
-    """Decides which forward pass the weights were trained for.
-
-    Args:
-        config: The content of config.json.
-        where: Its path, for messages.
-
-    Raises:
-        ValueError: Unknown `architectures`, or a `model_type` that contradicts it.
-    """
-    named = config.get("architectures")
-    model_type = config.get("model_type")
-    if named is None and isinstance(model_type, str) and model_type in _BY_MODEL_TYPE:
-        named = [_BY_MODEL_TYPE[model_type]]
-    if named not in [[known] for known in _ARCHITECTURES]:
-        raise ValueError(
-            f"{where}: field `architectures` is {named!r}; "
-            f"supported: one of {', '.join(_ARCHITECTURES)}"
-        )
-    arch, model_types = _ARCHITECTURES[named[0]]
-    if model_type is not None and model_type not in model_types:
-        raise ValueError(
-            f"{where}: field `model_type` is {model_type!r}; "
-            f"{named[0]} wants {' or '.join(map(repr, model_types))}"
-        )
-    return arch
+_EMBEDDING: Final = "model.embed_tokens.weight"
+# Only models whose projections are BitLinears with a norm of their own have it.
+_PROJECTION_NORM: Final = "model.layers.0.self_attn.q_proj.norm.weight"
+_FIRST: Final = "model.layers.0.self_attn.q_proj.weight"
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a checkpoint stores its ternary matrices.
+    """How a checkpoint stores its ternary matrices, and what they were trained to multiply.
 
     Attributes:
-        packed: Four trits a byte with a scale each; else float masters without one.
+        kind: Four trits a byte with a scale each; float masters; or floats that are ternary.
         divides: The scale on disk divides, so the canonical one is its reciprocal.
+        activations: int8, or float where nothing says otherwise.
     """
 
-    packed: bool
+    kind: Literal["packed", "masters", "values"]
     divides: bool = False
+    activations: Activations = "int8"
 
 
-def weight_form(config: Mapping[str, Any], where: Path) -> Form:
+def weight_form(
+    config: Mapping[str, Any],
+    on_disk: Mapping[str, TensorInfo],
+    where: Path,
+    *,
+    masters: bool = False,
+) -> Form:
     """Decides how the ternary matrices are stored, from `quantization_config`.
 
     The direction of the scale stands nowhere but in `linear_class`, and a wrong one gives
     plausible numbers: an absent or unknown value is never guessed at beyond what transformers
     itself defaults to.
 
+    Args:
+        config: The content of config.json.
+        on_disk: Tensors by canonical name.
+        where: The path of config.json, for messages.
+        masters: The user says that the weights are masters, where config.json says nothing.
+
     Raises:
         ValueError: A field has an unknown value, or nothing says that the model is ternary.
     """
     quantization = config.get("quantization_config")
     if quantization is None:
-        return _undeclared_form(config, where)
+        return _undeclared_form(config, on_disk, where, masters=masters)
     if type(quantization) is not dict:
         raise ValueError(
             f"{where}: field `quantization_config` is {quantization!r}; wanted an object"
@@ -125,23 +117,46 @@ def weight_form(config: Mapping[str, Any], where: Path) -> Form:
         )
     _refuse_unconverted(quantization.get("modules_to_not_convert"), where)
     if linear_class == "bitlinear":
-        return Form(packed=True, divides=True)  # transformers ignores the mode here
-    return Form(packed=mode == "offline")
+        return Form("packed", divides=True)  # transformers ignores the mode here
+    return Form("packed" if mode == "offline" else "masters")
 
 
-def _undeclared_form(config: Mapping[str, Any], where: Path) -> Form:
-    # 1bitLLM's own code quantizes every projection, so the name of the class is the claim.
-    if "BitnetForCausalLM" not in (config.get("architectures") or ()):
+def _undeclared_form(
+    config: Mapping[str, Any], on_disk: Mapping[str, TensorInfo], where: Path, *, masters: bool
+) -> Form:
+    # 1bitLLM's own code quantizes every projection, so the name of the class is the claim; so is
+    # a norm in front of every projection.
+    if "BitnetForCausalLM" in (config.get("architectures") or ()):
+        for field, wanted in (("weight_bits", 1), ("input_bits", 8)):
+            if config.get(field, wanted) != wanted:
+                raise ValueError(
+                    f"{where}: field `{field}` is {config[field]!r}; supported: {wanted}"
+                )
+        return Form("masters")
+    if masters or _PROJECTION_NORM in on_disk:
+        return Form("masters")
+    first = on_disk.get(_FIRST)
+    if first is not None and first.dtype == "U8":
         raise ValueError(
-            f"{where}: field `quantization_config` is missing, so nothing says that this is a "
-            "ternary model; a model trained with float weights cannot run here. If its weights "
-            'are the masters of a ternary model, add "quantization_config": {"quant_method": '
-            '"bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}'
+            f"{where}: field `quantization_config` is missing, and nothing else says whether the "
+            f"scales of the packed weights multiply or divide (tensor {first.name} in {first.file} "
+            "is U8). For weights that transformers packed as `BitLinear`, add "
+            '"quantization_config": {"quant_method": "bitnet", "linear_class": "bitlinear"}; as '
+            '`AutoBitLinear`, "autobitlinear"'
         )
-    for field, wanted in (("weight_bits", 1), ("input_bits", 8)):
-        if config.get(field, wanted) != wanted:
-            raise ValueError(f"{where}: field `{field}` is {config[field]!r}; supported: {wanted}")
-    return Form(packed=False)
+    if first is not None and first.dtype in _FLOATS and len(first.shape) == 2 and first.n_bytes:
+        if is_ternary(first.read()):
+            return Form("values", activations="float")
+        found = f"the values of {first.name} are not ternary"
+    else:
+        found = f"there are no float values in {_FIRST}"
+    raise ValueError(
+        f"{where}: field `quantization_config` is missing and {found}, so nothing says that this is "
+        "a ternary model; a model trained with float weights cannot run here. If its weights are "
+        "the masters of a ternary model, load it with masters=True (--masters), or add "
+        '"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", '
+        '"quantization_mode": "online"}'
+    )
 
 
 def _refuse_unconverted(modules: object, where: Path) -> None:
@@ -166,7 +181,7 @@ def _refuse_unconverted(modules: object, where: Path) -> None:
 
 def _all_projections() -> Iterator[str]:
     """Names of all projections, with a layer's number of one to three digits, all of them 0."""
-    for number, projection in product(("0", "00", "000"), _PROJECTIONS):
+    for number, projection in product(("0", "00", "000"), PROJECTIONS):
         yield f"model.layers.{number}.{projection}"
 
 
@@ -198,128 +213,23 @@ def _may_mean(entry: str, name: str) -> bool:
     return True
 
 
-# Fields of config.json whose product is one axis of a tensor.
-Axis = tuple[str, ...]
-_HIDDEN: Final[Axis] = ("hidden_size",)
-_FFN: Final[Axis] = ("intermediate_size",)
-_VOCAB: Final[Axis] = ("vocab_size",)
-_QUERIES: Final[Axis] = ("num_attention_heads", "head_dim")
-_KEYS: Final[Axis] = ("num_key_value_heads", "head_dim")
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """The sizes that fix the shape of every tensor.
-
-    Attributes:
-        n_layers: Layers.
-        sizes: The other sizes, by their field of config.json.
-        derived: How a size follows from others, for the fields that are not there.
-    """
-
-    n_layers: int
-    sizes: Mapping[str, int]
-    derived: Mapping[str, str]
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], where: Path) -> Self:
-        """Reads them from config.json.
-
-        Raises:
-            ValueError: A field is missing or not a positive integer.
-        """
-
-        def size(field: str) -> int:
-            value = config.get(field)
-            if type(value) is not int or value < 1:
-                raise ValueError(
-                    f"{where}: field `{field}` is {value!r}; wanted a positive integer"
-                )
-            return value
-
-        sizes = {
-            field: size(field)
-            for field in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
-        }
-        hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-        if config.get("head_dim") is None and hidden % heads:
-            raise ValueError(
-                f"{where}: `hidden_size` {hidden} is no multiple of `num_attention_heads` "
-                f"{heads}, and there is no `head_dim`"
-            )
-        derived = {}
-        for field, default, origin in (
-            ("num_key_value_heads", heads, "`num_attention_heads`"),
-            ("head_dim", hidden // heads, "`hidden_size` / `num_attention_heads`"),
-        ):
-            if config.get(field) is None:
-                sizes[field], derived[field] = default, origin
-            else:
-                sizes[field] = size(field)
-        return cls(size("num_hidden_layers"), sizes, derived)
-
-    def shape(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
-        """The shape of a tensor with these axes."""
-        return tuple(math.prod(self.sizes[field] for field in axis) for axis in axes)
-
-    def explain(self, axis: Axis) -> str:
-        """The fields and values whose product is the length of an axis."""
-        return " x ".join(
-            f"`{field}` {self.sizes[field]}"
-            + (f" (= {self.derived[field]})" if field in self.derived else "")
-            for field in axis
-        )
-
-
-# Rows and columns of each projection.
-_PROJECTIONS: Final[Mapping[str, tuple[Axis, Axis]]] = {
-    "self_attn.q_proj": (_QUERIES, _HIDDEN),
-    "self_attn.k_proj": (_KEYS, _HIDDEN),
-    "self_attn.v_proj": (_KEYS, _HIDDEN),
-    "self_attn.o_proj": (_HIDDEN, _QUERIES),
-    "mlp.gate_proj": (_FFN, _HIDDEN),
-    "mlp.up_proj": (_FFN, _HIDDEN),
-    "mlp.down_proj": (_HIDDEN, _FFN),
-}
-
-
-def _expected(
-    n_layers: int, arch: Architecture, form: Form, *, head: bool
-) -> Iterator[tuple[str, Kind, tuple[Axis, ...]]]:
-    """Canonical name, kind and axes of every tensor, in the order of the layers."""
-    yield "model.embed_tokens.weight", "dense", (_VOCAB, _HIDDEN)
-    for i in range(n_layers):
-        layer = f"model.layers.{i}."
-        yield layer + "input_layernorm.weight", "norm", (_HIDDEN,)
-        yield layer + "post_attention_layernorm.weight", "norm", (_HIDDEN,)
-        if arch == "bitnet":
-            yield layer + "self_attn.attn_sub_norm.weight", "norm", (_QUERIES,)
-            yield layer + "mlp.ffn_sub_norm.weight", "norm", (_FFN,)
-        for projection, axes in _PROJECTIONS.items():
-            name = f"{layer}{projection}.weight"
-            yield name, "packed" if form.packed else "masters", axes
-            if form.packed:
-                yield f"{name}_scale", "scale", ((),)  # one element
-    yield "model.norm.weight", "norm", (_HIDDEN,)
-    if head:
-        yield "lm_head.weight", "dense", (_VOCAB, _HIDDEN)
-
-
 @dataclass(frozen=True)
 class _Entry:
     info: TensorInfo
     kind: Kind
     shape: tuple[int, ...]
+    plus_one: bool = False  # Gemma stores its norms' weights less one
 
 
 class Weights(Mapping[str, NDArray[Any]]):
     """Tensors by canonical name, read and checked when asked for.
 
-    Nothing is kept: an array that is asked for twice is read twice. Ternary matrices are uint8,
-    four rows to a byte (`_core.Model` says how), their scales float32 of shape (1,); norms are
-    float32; masters, embeddings and head are as on disk (float32, float16, or bfloat16 bits as
-    uint16). What is as on disk is mapped from the file, read-only; its pages leave the process's
-    memory when the next tensor is asked for, and come back if they are read again.
+    Nothing is kept, but for the trits of a matrix whose scales were asked for first: an array that
+    is asked for twice is read twice. Ternary matrices are uint8, four rows to a byte (`_core.Model`
+    says how), their scales float32 of shape (1,); or int8, with scales of shape (1,) or (rows,
+    groups). Norms are float32; masters, embeddings and head are as on disk (float32, float16, or
+    bfloat16 bits as uint16). What is as on disk is mapped from the file, read-only; its pages leave
+    the process's memory when the next tensor is asked for, and come back if they are read again.
 
     Raises:
         KeyError: On a name that the checkpoint does not have.
@@ -331,6 +241,7 @@ class Weights(Mapping[str, NDArray[Any]]):
         self._form = form
         self._folder = folder
         self._reader = Reader()
+        self._recovered: tuple[str, NDArray[np.int8]] | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -348,28 +259,80 @@ class Weights(Mapping[str, NDArray[Any]]):
         if name not in self._entries:
             raise KeyError(f"tensor {name} is not in the checkpoint {self._folder}")
         entry = self._entries[name]
+        if entry.kind in ("values", "scales"):
+            return self._values(name, entry)
         array = self._reader.read(entry.info)
         match entry.kind:
             case "scale":
                 return _scale(array, entry.info, divides=self._form.divides)
             case "norm":
-                return _norm(array, entry.info)
+                return _norm(array, entry.info, plus_one=entry.plus_one)
             case _:
                 return array
 
+    def _values(self, name: str, entry: _Entry) -> NDArray[Any]:
+        """Trits or scales of floats that are ternary: both are found at once."""
+        matrix = name.removesuffix("_scale")
+        if entry.kind == "values" and self._recovered and self._recovered[0] == matrix:
+            trits = self._recovered[1]
+            self._recovered = None
+            return trits
+        try:
+            trits, scales = recover(self._reader.read(entry.info))
+        except ValueError as error:
+            raise ValueError(
+                f"{entry.info.file}: tensor {entry.info.name} {error}. Other matrices of this "
+                "checkpoint are ternary; the file is damaged or of a model with float layers, "
+                "which is not supported"
+            ) from None
+        if entry.kind == "values":
+            return trits
+        self._recovered = (matrix, trits)
+        return scales
+
+    def has_groups(self) -> bool:
+        """Whether some matrix has several scales; reads all matrices that may."""
+        scales = [name for name, entry in self._entries.items() if entry.kind == "scales"]
+        found = any(self[name].size > 1 for name in scales)
+        self._recovered = None
+        return found
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a checkpoint's tensors turned out to be.
+
+    Attributes:
+        weights: Tensors by canonical name.
+        architecture: What runs.
+        tied: The head is the embedding.
+        form: How its ternary matrices are stored.
+        embedding: It is one of the embedding models, known by the norms of their projections.
+    """
+
+    weights: Weights
+    architecture: Architecture
+    tied: bool
+    form: Form
+    embedding: bool
+
 
 def canonical_weights(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], folder: Path
-) -> tuple[Weights, Architecture, bool]:
-    """Matches the tensors on disk with what config.json wants; reads no tensor but a tied head.
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    masters: bool = False,
+) -> Found:
+    """Matches the tensors on disk with what config.json wants.
+
+    Reads no tensor but a tied head, and the first matrix where config.json does not say what it is.
 
     Args:
         tensors: Tensors by their name on disk.
         config: The content of config.json.
         folder: The checkpoint's folder, for messages.
-
-    Returns:
-        The weights, the architecture, and whether the head is the embedding (tied).
+        masters: The weights are masters, where config.json says nothing.
 
     Raises:
         KeyError: A tensor is missing.
@@ -377,36 +340,67 @@ def canonical_weights(
     """
     where = folder / "config.json"
     arch = architecture(config, where)
-    form = weight_form(config, where)
-    dims = Dimensions.from_config(config, where)
     on_disk = _by_canonical_name(tensors)
+    form = weight_form(config, on_disk, where, masters=masters)
+    dims = Dimensions.from_config(config, where)
     tied = _is_tied(config, on_disk, where)
 
     entries: dict[str, _Entry] = {}
-    for name, kind, axes in _expected(dims.n_layers, arch, form, head=not tied):
-        if name not in on_disk:
-            hint = (
-                "; a packed projection needs its scale, and nothing else says how large it is"
-                if kind == "scale"
-                else "; sub-norms are part of the BitNet architecture"
-                if "sub_norm" in name
-                else ""
-            )
-            raise KeyError(f"tensor {name} is not in the checkpoint {folder}{hint}")
-        entries[name] = _Entry(on_disk[name], kind, dims.shape(axes))
+    expected = expected_tensors(
+        arch, dims.n_layers, head=not tied, projection_norms=_PROJECTION_NORM in on_disk
+    )
+    for name, kind, axes in expected:
+        plus_one = arch == "gemma3_text" and kind == "norm" and not name.endswith(_PROJECTION_NORMS)
+        stored: Kind = form.kind if kind == "projection" else kind
+        _add(entries, on_disk, _Entry(_MISSING, stored, dims.shape(axes), plus_one), name, folder)
         _check_header(entries[name], axes, dims, where)
+        if kind != "projection":
+            continue
+        scale = f"{name}_scale"
+        if form.kind == "packed":
+            _add(entries, on_disk, _Entry(_MISSING, "scale", (1,)), scale, folder)
+            _check_header(entries[scale], ((),), dims, where)
+        elif form.kind == "values":
+            entries[scale] = _Entry(entries[name].info, "scales", (1,))
     for name, info in on_disk.items():
         if name not in entries and not (tied and name == "lm_head.weight"):
             _refuse_unexpected(name, info, arch, dims, where)
-    return Weights(entries, form, folder), arch, tied
+    embedding = _PROJECTION_NORM in on_disk
+    return Found(Weights(entries, form, folder), arch, tied, form, embedding)
+
+
+_PROJECTION_NORMS: Final = "_proj.norm.weight"
+_MISSING: Final = TensorInfo("", "", (), Path(), 0, 0)
+
+
+def _add(
+    entries: dict[str, _Entry],
+    on_disk: Mapping[str, TensorInfo],
+    entry: _Entry,
+    name: str,
+    folder: Path,
+) -> None:
+    if name not in on_disk:
+        hint = (
+            "; a packed projection needs its scale, and nothing else says how large it is"
+            if entry.kind == "scale"
+            else "; sub-norms are part of the BitNet architecture"
+            if "sub_norm" in name
+            else ""
+        )
+        raise KeyError(f"tensor {name} is not in the checkpoint {folder}{hint}")
+    entries[name] = replace(entry, info=on_disk[name])
 
 
 def format_of(weights: Weights) -> str:
     """Says in words how the ternary matrices are stored on disk."""
-    if weights._form.packed:
-        return f"safetensors, 2-bit packed, scale {'divides' if weights._form.divides else 'multiplies'}"
-    dtypes = {e.info.dtype for e in weights._entries.values() if e.kind == "masters"}
+    form = weights._form
+    if form.kind == "packed":
+        return f"safetensors, 2-bit packed, scale {'divides' if form.divides else 'multiplies'}"
+    dtypes = {e.info.dtype for e in weights._entries.values() if e.kind == form.kind}
     names = "/".join(sorted(_DTYPE_NAMES[dtype] for dtype in dtypes))
+    if form.kind == "values":
+        return f"safetensors, ternary values in {names}"
     return f"safetensors, {names} masters, quantized at load"
 
 
@@ -422,8 +416,10 @@ def _scale(array: NDArray[Any], info: TensorInfo, *, divides: bool) -> NDArray[n
     return scale
 
 
-def _norm(array: NDArray[Any], info: TensorInfo) -> NDArray[np.float32]:
+def _norm(array: NDArray[Any], info: TensorInfo, *, plus_one: bool = False) -> NDArray[np.float32]:
     weight = to_float32(array)
+    if plus_one:
+        weight = weight + np.float32(1)
     if not np.isfinite(weight).all():
         raise ValueError(
             f"{info.file}: tensor {info.name} holds NaN or infinity; the file is damaged"
@@ -433,8 +429,10 @@ def _norm(array: NDArray[Any], info: TensorInfo) -> NDArray[np.float32]:
 
 def _by_canonical_name(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     found: dict[str, TensorInfo] = {}
+    # Models that were saved without their head have no prefix.
+    prefix = "" if _EMBEDDING in tensors else "model."
     for name, info in tensors.items():
-        canonical = name
+        canonical = name if name.startswith(("model.", "lm_head.")) else prefix + name
         for alias, target in _ALIASES.items():
             if name.endswith("." + alias):
                 canonical = name.removesuffix(alias) + target
@@ -488,7 +486,7 @@ def _check_header(entry: _Entry, axes: tuple[Axis, ...], dims: Dimensions, where
             '"linear_class": "autobitlinear" and "quantization_mode": "online" in its '
             "`quantization_config`",
         )
-    if kind == "masters" and info.dtype == "U8":
+    if kind in ("masters", "values") and info.dtype == "U8":
         refuse(
             f"is U8 {list(info.shape)}",
             f"{where.name} says that the weights are float masters. Packed weights need a "
@@ -531,8 +529,8 @@ def _refuse_unexpected(
         )
     elif layer and int(layer[1]) >= dims.n_layers:
         why = f"{where.name} has `num_hidden_layers` {dims.n_layers}"
-    elif arch == "llama" and "sub_norm" in name:
-        why = "sub-norms belong to BitNetForCausalLM, and `architectures` names LlamaForCausalLM"
+    elif not has_sub_norms(arch) and "sub_norm" in name:
+        why = f"sub-norms belong to BitNetForCausalLM, and `architectures` names {arch}"
     else:
         why = f"the {arch} architecture has no such tensor, so the model would run wrongly"
     raise ValueError(f"{info.file}: unexpected tensor {info.name}; {why}")
