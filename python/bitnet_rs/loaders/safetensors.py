@@ -3,17 +3,12 @@
 For `names.py`, which turns them into canonical weights. It stands apart because it knows the
 container and nothing of models. The `safetensors` package validates every file (header,
 offsets, length) before anything is read; after that this module reads the offsets itself, since
-bfloat16 is no numpy dtype and each tensor must be mapped, used and dropped on its own: peak
-memory while loading is the packed model plus about one tensor. Advice to the system about what
-will be read (`MADV_SEQUENTIAL`, `WILLNEED`, `POPULATE_READ`) made no difference that could be
-told from noise, whether or not the file was in the page cache.
+bfloat16 is no numpy dtype and each tensor must be mapped, used and dropped on its own (`mapped`).
 """
 
 import json
 import math
-import mmap
 import struct
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_rs.jsonfile import read_object
+from bitnet_rs.loaders.mapped import Mapper, as_typed
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -73,54 +69,21 @@ class TensorInfo:
 class Reader:
     """Reads tensors one after another, each as `TensorInfo.read` does.
 
-    Who asks for the next tensor is done with the one before, or keeps it to look parts of it up.
-    In either case its pages are let go: they would count as memory of this process until the
-    array is dropped, and the system's page cache, which has them anyway, gives them back to
-    whoever reads them again.
+    The pages of the one before are let go; see `Mapper`.
     """
 
     def __init__(self) -> None:
-        self._before: weakref.ref[mmap.mmap] | None = None
+        self._mapper = Mapper()
 
     def read(self, info: TensorInfo) -> NDArray[Any]:
         """Maps a tensor; see `TensorInfo.read`."""
-        self._let_go()
         if info.dtype not in _DTYPES:
             raise ValueError(
                 f"{info.file}: tensor {info.name} has dtype {info.dtype}; "
                 f"supported: {', '.join(_DTYPES)}"
             )
-        dtype = np.dtype(_DTYPES[info.dtype])
-        if not info.n_bytes:
-            return np.empty(info.shape, dtype)
-        skip = info.offset % mmap.ALLOCATIONGRANULARITY  # mappings start at whole pages
-        try:
-            # mmap shares the file's page cache, so this costs no memory until it is read.
-            with info.file.open("rb") as file:
-                memory = mmap.mmap(
-                    file.fileno(),
-                    skip + info.n_bytes,
-                    access=mmap.ACCESS_READ,
-                    offset=info.offset - skip,
-                )
-        except ValueError as error:
-            raise ValueError(
-                f"{info.file}: tensor {info.name} ends beyond the file, which has changed since "
-                "it was opened; download or copy it again"
-            ) from error
-        self._before = weakref.ref(memory)
-        array = np.frombuffer(memory, dtype, math.prod(info.shape), skip).reshape(info.shape)
-        # The format does not align tensors; the core needs them aligned.
-        if not array.flags.aligned:
-            array = array.copy()
-            array.flags.writeable = False  # as what is mapped: the core need not copy it again
-        return array
-
-    def _let_go(self) -> None:
-        memory = self._before() if self._before else None
-        # The pages are a file's and nobody wrote to them: to let them go loses nothing.
-        if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
-            memory.madvise(mmap.MADV_DONTNEED)
+        data = self._mapper.map(info.file, info.offset, info.n_bytes, f"tensor {info.name}")
+        return as_typed(data, _DTYPES[info.dtype], info.shape)
 
 
 def to_float32(array: NDArray[Any]) -> NDArray[np.float32]:
