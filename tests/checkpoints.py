@@ -9,7 +9,7 @@ import math
 import shutil
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +18,33 @@ from numpy.typing import NDArray
 
 DATA = Path(__file__).parent / "data"
 
-Architecture = Literal["bitnet", "llama"]
-Form = Literal["multiply", "divide", "masters"]
+Architecture = Literal["bitnet", "llama", "qwen3", "gemma3_text"]
+Form = Literal["multiply", "divide", "masters", "values"]
 Stored = tuple[str, NDArray[Any]]  # safetensors dtype, and an array with those bytes
 
 _QUANTIZATION: dict[Form, dict[str, Any]] = {
     "multiply": {"linear_class": "autobitlinear", "quantization_mode": "offline"},
     "divide": {"modules_to_not_convert": None},
     "masters": {"linear_class": "autobitlinear", "quantization_mode": "online"},
+}
+_CLASSES: dict[Architecture, str] = {
+    "bitnet": "BitNetForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3TextModel",
+}
+_ACTIVATIONS: dict[Architecture, str] = {"bitnet": "relu2", "gemma3_text": "gelu_pytorch_tanh"}
+
+
+_MORE_NORMS: dict[Architecture, dict[str, str]] = {
+    "bitnet": {"self_attn.attn_sub_norm": "queries", "mlp.ffn_sub_norm": "ffn"},
+    "qwen3": {"self_attn.q_norm": "head", "self_attn.k_norm": "head"},
+    "gemma3_text": {
+        "self_attn.q_norm": "head",
+        "self_attn.k_norm": "head",
+        "pre_feedforward_layernorm": "hidden",
+        "post_feedforward_layernorm": "hidden",
+    },
 }
 
 
@@ -60,6 +79,60 @@ class Written:
         )
 
 
+@dataclass
+class _Random:
+    """Random tensors, as they are on disk and as the loaders should hand them on."""
+
+    rng: np.random.Generator
+    architecture: Architecture
+    form: Form
+    dtype: str
+    names: str
+    scales: tuple[int, int]
+    projection_norms: bool = False
+    canonical: dict[str, NDArray[Any]] = field(default_factory=dict)
+    stored: dict[str, Stored] = field(default_factory=dict)
+
+    def _store(self, name: str, values: NDArray[Any]) -> Stored:
+        self.stored[_on_disk(name, self.names)] = entry = encode(values, self.dtype)
+        return entry
+
+    def dense(self, name: str, shape: tuple[int, int], deviation: float = 1) -> None:
+        self.canonical[name] = self._store(name, self.rng.normal(0, deviation, shape))[1]
+
+    def norm(self, name: str, size: int) -> None:
+        gemma = self.architecture == "gemma3_text" and "_proj.norm" not in name
+        weight = decode(self._store(name, self.rng.uniform(0.5, 1.5, size) - gemma))
+        self.canonical[name] = weight + np.float32(1) if gemma else weight
+
+    def projection(self, name: str, rows: int, cols: int) -> None:
+        if self.projection_norms:
+            self.norm(name.replace(".weight", ".norm.weight"), cols)
+        if self.form == "masters":
+            self.dense(name, (rows, cols), 0.7)
+        elif self.form == "values":
+            self._values(name, rows, cols)
+        else:
+            trits = self.rng.integers(-1, 2, (rows, cols), np.int8)
+            scale = encode(self.rng.uniform(0.5, 2.0, 1), self.dtype)
+            alpha = decode(scale)
+            packed = pack(trits)
+            self.stored[name], self.stored[f"{name}_scale"] = ("U8", packed), scale
+            self.canonical[name] = packed
+            divides = self.form == "divide"
+            self.canonical[f"{name}_scale"] = np.float32(1) / alpha if divides else alpha
+
+    def _values(self, name: str, rows: int, cols: int) -> None:
+        trits = self.rng.integers(-1, 2, (rows, cols), np.int8)
+        alpha = decode(encode(self.rng.uniform(0.5, 2.0, self.scales), self.dtype))
+        by_row = np.repeat(alpha, -(-rows // self.scales[0]), axis=0)[:rows]
+        self._store(name, trits * np.repeat(by_row, cols // self.scales[1], axis=1))
+        self.canonical[name] = trits
+        one = self.scales == (1, 1)
+        scales = alpha.reshape(1) if one else np.ascontiguousarray(by_row)
+        self.canonical[f"{name}_scale"] = scales
+
+
 def write(
     folder: Path,
     *,
@@ -69,6 +142,9 @@ def write(
     tied: bool = True,
     shards: int = 1,
     names: Literal["hf", "1bitllm"] = "hf",
+    scales: tuple[int, int] = (1, 1),
+    projection_norms: bool = False,
+    prefix: str = "model.",
     n_layers: int = 2,
     n_heads: int = 4,
     n_kv_heads: int = 2,
@@ -83,12 +159,16 @@ def write(
 
     Args:
         folder: Created if need be.
-        architecture: With sub-norms (relu2) or without (SiLU).
-        form: Packed with a scale of either direction, or float masters.
+        architecture: With sub-norms (relu2), without (SiLU), or with norms of heads.
+        form: Packed with a scale of either direction, float masters, or floats that are ternary.
         dtype: Of masters, embeddings, head and norms: BF16, F16 or F32.
         tied: The head is the embedding.
         shards: Weight files; more than one come with an index.
         names: 1bitLLM's: other names of the sub-norms, and no `quantization_config`.
+        scales: Of floats that are ternary: how many groups of rows and of columns of a matrix have
+            scales of their own.
+        projection_norms: Every projection has a norm of its own.
+        prefix: Of all names but the head's; "" for a model that was saved without one.
         n_layers: Layers.
         n_heads: Query heads.
         n_kv_heads: Key and value heads.
@@ -99,54 +179,34 @@ def write(
         max_position_embeddings: Context.
         seed: Of the weights.
     """
-    rng = np.random.default_rng(seed)
-    canonical: dict[str, NDArray[Any]] = {}
-    stored: dict[str, Stored] = {}
-
-    def dense(name: str, values: NDArray[np.float64], *, widen: bool = False) -> None:
-        stored[_on_disk(name, names)] = entry = encode(values, dtype)
-        canonical[name] = decode(entry) if widen else entry[1]
-
-    def norm(name: str, size: int) -> None:
-        dense(name, rng.uniform(0.5, 1.5, size), widen=True)
-
-    def projection(name: str, rows: int, cols: int) -> None:
-        if form == "masters":
-            dense(name, rng.normal(0, 0.7, (rows, cols)))
-            return
-        trits = rng.integers(-1, 2, (rows, cols), np.int8)
-        scale = encode(rng.uniform(0.5, 2.0, 1), dtype)
-        alpha = decode(scale)
-        packed = pack(trits)
-        stored[name], stored[f"{name}_scale"] = ("U8", packed), scale
-        canonical[name] = packed
-        canonical[f"{name}_scale"] = np.float32(1) / alpha if form == "divide" else alpha
-
-    dense("model.embed_tokens.weight", rng.normal(0, 1, (vocab_size, hidden_size)))
+    made = _Random(np.random.default_rng(seed), architecture, form, dtype, names, scales)
+    made.projection_norms = projection_norms
+    made.dense("model.embed_tokens.weight", (vocab_size, hidden_size))
     width = n_heads * head_dim
     for i in range(n_layers):
         layer = f"model.layers.{i}."
-        norm(layer + "input_layernorm.weight", hidden_size)
-        projection(layer + "self_attn.q_proj.weight", width, hidden_size)
-        projection(layer + "self_attn.k_proj.weight", n_kv_heads * head_dim, hidden_size)
-        projection(layer + "self_attn.v_proj.weight", n_kv_heads * head_dim, hidden_size)
-        projection(layer + "self_attn.o_proj.weight", hidden_size, width)
-        norm(layer + "post_attention_layernorm.weight", hidden_size)
-        projection(layer + "mlp.gate_proj.weight", intermediate_size, hidden_size)
-        projection(layer + "mlp.up_proj.weight", intermediate_size, hidden_size)
-        projection(layer + "mlp.down_proj.weight", hidden_size, intermediate_size)
-        if architecture == "bitnet":
-            norm(layer + "self_attn.attn_sub_norm.weight", width)
-            norm(layer + "mlp.ffn_sub_norm.weight", intermediate_size)
-    norm("model.norm.weight", hidden_size)
+        made.norm(layer + "input_layernorm.weight", hidden_size)
+        made.projection(layer + "self_attn.q_proj.weight", width, hidden_size)
+        made.projection(layer + "self_attn.k_proj.weight", n_kv_heads * head_dim, hidden_size)
+        made.projection(layer + "self_attn.v_proj.weight", n_kv_heads * head_dim, hidden_size)
+        made.projection(layer + "self_attn.o_proj.weight", hidden_size, width)
+        made.norm(layer + "post_attention_layernorm.weight", hidden_size)
+        made.projection(layer + "mlp.gate_proj.weight", intermediate_size, hidden_size)
+        made.projection(layer + "mlp.up_proj.weight", intermediate_size, hidden_size)
+        made.projection(layer + "mlp.down_proj.weight", hidden_size, intermediate_size)
+        more = {"hidden": hidden_size, "queries": width, "ffn": intermediate_size, "head": head_dim}
+        for name, axis in _MORE_NORMS.get(architecture, {}).items():
+            made.norm(f"{layer}{name}.weight", more[axis])
+    made.norm("model.norm.weight", hidden_size)
     if not tied:
-        dense("lm_head.weight", rng.normal(0, 1, (vocab_size, hidden_size)))
+        made.dense("lm_head.weight", (vocab_size, hidden_size))
+    canonical, stored = made.canonical, made.stored
 
-    sub_norms = architecture == "bitnet"
+    activation = "hidden_activation" if architecture == "gemma3_text" else "hidden_act"
     config: dict[str, Any] = {
-        "architectures": ["BitNetForCausalLM" if sub_norms else "LlamaForCausalLM"],
+        "architectures": [_CLASSES[architecture]],
         "model_type": architecture,
-        "hidden_act": "relu2" if sub_norms else "silu",
+        activation: _ACTIVATIONS.get(architecture, "silu"),
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
         "num_hidden_layers": n_layers,
@@ -159,10 +219,13 @@ def write(
         "tie_word_embeddings": tied,
         "bos_token_id": 1021,
         "eos_token_id": 1022,
-        "quantization_config": {"quant_method": "bitnet", **_QUANTIZATION[form]},
     }
-    if head_dim * n_heads != hidden_size:
+    if form in _QUANTIZATION and not projection_norms:
+        config["quantization_config"] = {"quant_method": "bitnet", **_QUANTIZATION[form]}
+    if head_dim * n_heads != hidden_size or architecture in ("qwen3", "gemma3_text"):
         config["head_dim"] = head_dim
+    if architecture == "gemma3_text":
+        config |= {"query_pre_attn_scalar": head_dim, "sliding_window": None}
     if names == "1bitllm":
         assert (architecture, form) == ("bitnet", "masters"), "1bitLLM has no other form"
         del config["quantization_config"]
@@ -174,10 +237,11 @@ def write(
     written.edit_config()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(DATA / "bitnet-online" / name, folder / name)
+    on_disk = {name.replace("model.", prefix, 1): tensor for name, tensor in stored.items()}
     if shards == 1:
-        save(folder / "model.safetensors", stored)
+        save(folder / "model.safetensors", on_disk)
     else:
-        _save_shards(folder, stored, shards)
+        _save_shards(folder, on_disk, shards)
     return written
 
 

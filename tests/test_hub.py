@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +13,7 @@ import huggingface_hub.constants
 import pytest
 
 from bitnet_rs.loaders import open_checkpoint
-from checkpoints import write
+from checkpoints import DATA, write
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
@@ -185,10 +186,10 @@ def test_repositories_that_cannot_be_had(hub: Hub, tmp_path: Path) -> None:
         open_checkpoint("some/gated")
     hub.repos["some/gguf"] = hub.repos["some/bin"] = hub.repos["some/data"] = tmp_path / "repo"
     (tmp_path / "repo").mkdir()
-    with pytest.raises(ValueError, match=r"some/gguf has no config.json. GGUF files are not read"):
-        open_checkpoint("some/gguf")
-    with pytest.raises(FileNotFoundError, match=r"no config.json, so this is not a checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"some/data has no model.safetensors with a conf"):
         open_checkpoint("some/data")
+    with pytest.raises(FileNotFoundError, match=r"some/gguf has no file q4.gguf; see https"):
+        open_checkpoint("some/gguf/q4.gguf")
     write(tmp_path / "repo")
     (tmp_path / "repo" / "model.safetensors").unlink()
     (tmp_path / "repo" / "pytorch_model.bin").write_bytes(b"large")
@@ -224,7 +225,7 @@ def test_neither_folder_nor_hub_id(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no folder on this disk and no hub id"):
+    with pytest.raises(FileNotFoundError, match="is no folder or file on this disk and no hub id"):
         open_checkpoint(source)
 
 
@@ -243,16 +244,67 @@ def test_sources_that_name_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_files_and_revisions_of_folders_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
-    with pytest.raises(ValueError, match="is a file; name the folder"):
+    with pytest.raises(ValueError, match=r"is a file, but no .gguf; name the folder"):
         open_checkpoint(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="revision='main' is for hub ids only"):
         open_checkpoint(tmp_path, revision="main")
 
 
-def test_gguf_is_refused_with_a_cure(tmp_path: Path) -> None:
-    for source in ("model.gguf", tmp_path / "ggml-model-i2_s.GGUF"):
-        with pytest.raises(ValueError, match=r"GGUF files are not read yet; name the safetensors"):
-            open_checkpoint(source)
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"no config.json. GGUF files are not read yet"):
+# --- GGUF ------------------------------------------------------------------------------------------
+
+I2_S = DATA / "gguf" / "I2_S.gguf"
+
+
+def test_a_gguf_file_and_a_folder_with_one(tmp_path: Path) -> None:
+    assert open_checkpoint(I2_S).path == I2_S
+    shutil.copy(I2_S, tmp_path / "model.GGUF")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.path == tmp_path / "model.GGUF"
+    assert checkpoint.config_file == checkpoint.path
+    # A config.json is often beside it.
+    (tmp_path / "config.json").write_text("{}")
+    assert open_checkpoint(tmp_path).path == tmp_path / "model.GGUF"
+    shutil.copy(I2_S, tmp_path / "second.gguf")
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files; name one .*model.GGUF, second.gguf"):
         open_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="revision='main' is for hub ids only"):
+        open_checkpoint(tmp_path / "second.gguf", revision="main")
+    with pytest.raises(FileNotFoundError, match="is no folder or file on this disk"):
+        open_checkpoint(tmp_path / "third.gguf")
+
+
+def test_a_hub_repository_with_one_gguf_file(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos["some/model-gguf"] = tmp_path / "repo"
+    (tmp_path / "repo" / "old").mkdir(parents=True)
+    shutil.copy(I2_S, tmp_path / "repo" / "ggml-model-i2_s.gguf")
+    shutil.copy(I2_S, tmp_path / "repo" / "old" / "other.gguf")
+    checkpoint = open_checkpoint("some/model-gguf")
+    assert checkpoint.path.name == "ggml-model-i2_s.gguf"
+    assert checkpoint.path.read_bytes() == I2_S.read_bytes()
+    hub.fetched.clear()
+    assert open_checkpoint("some/model-gguf/ggml-model-i2_s.gguf").path == checkpoint.path
+    assert hub.fetched == []
+    offline(monkeypatch)
+    assert open_checkpoint("some/model-gguf").path == checkpoint.path
+
+
+def test_a_hub_repository_with_several_gguf_files(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["some/model-gguf"] = tmp_path / "repo"
+    (tmp_path / "repo").mkdir()
+    for name in ("a.gguf", "b.gguf", "c-00001-of-00002.gguf", "c-00002-of-00002.gguf"):
+        shutil.copy(I2_S, tmp_path / "repo" / name)
+    with pytest.raises(ValueError, match=r"holds 3 GGUF files; name one .*a.gguf, b.gguf, c-00001"):
+        open_checkpoint("some/model-gguf")
+    assert hub.fetched == []
+    assert open_checkpoint("some/model-gguf/b.gguf").path.name == "b.gguf"
+    assert hub.fetched == ["b.gguf"]
+
+
+def test_safetensors_go_before_gguf_in_one_repository(hub: Hub, tmp_path: Path) -> None:
+    hub.repos["some/model"] = tmp_path / "repo"
+    write(tmp_path / "repo")
+    shutil.copy(I2_S, tmp_path / "repo" / "model.gguf")
+    assert open_checkpoint("some/model").path.is_dir()
+    assert "model.gguf" not in hub.fetched

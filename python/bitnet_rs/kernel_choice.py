@@ -77,21 +77,45 @@ class KernelChoice:
     speeds: tuple[KernelSpeed, ...] = ()
 
 
-def choose_kernels(kernel: str, config: Mapping[str, Any], threads: int) -> KernelChoice:
+def choose_kernels(
+    kernel: str,
+    config: Mapping[str, Any],
+    threads: int,
+    *,
+    grouped: bool = False,
+) -> KernelChoice:
     """The kernels for a model.
 
     Args:
         kernel: A name from `info().kernels`, or `auto`.
         config: The model's config, as the core takes it.
         threads: Threads that will compute.
+        grouped: Whether some ternary matrix has several scales.
 
     Raises:
-        ValueError: An unknown kernel, a config that the core refuses.
+        ValueError: An unknown kernel, one that cannot run this model, a config that the core
+            refuses.
     """
     name = choose_kernel(kernel)
+    activations = config.get("activations", "int8")
+    suitable = kernels_for(activations, grouped=grouped)
     if name is not None:
+        if name not in suitable:
+            raise ValueError(
+                f"{kernel_source(kernel)} is {name!r}, and this model has {activations} activations"
+                f"{' and matrices with several scales' if grouped else ''}; it runs on "
+                f"{', '.join(suitable)}, or auto for the fastest"
+            )
         return KernelChoice(
             name, (name,) * len(_core.batch_inputs), f"asked for with {kernel_source(kernel)}"
+        )
+    if grouped or activations == "float":
+        # One source for all instruction sets: the highest is the fastest.
+        why = "several scales in a matrix" if grouped else "float activations"
+        return KernelChoice(
+            suitable[0],
+            (suitable[0],) * len(_core.batch_inputs),
+            f"the only one here for {why}",
         )
     available = _core.kernels()
     projections = _core.projections(config)
@@ -116,6 +140,18 @@ def choose_kernels(kernel: str, config: Mapping[str, Any], threads: int) -> Kern
         f"the fastest{under} on this model's shapes with {threads_text}, {how}",
         tuple(ordered),
     )
+
+
+def kernels_for(activations: str, *, grouped: bool) -> list[str]:
+    """Kernels that can run a model with the same bits, those of the highest ISA first.
+
+    Args:
+        activations: `int8` or `float`.
+        grouped: Whether some ternary matrix has several scales.
+    """
+    if activations == "float":
+        return _core.grouped_kernels("float")
+    return _core.grouped_kernels("int8") if grouped else _core.kernels()
 
 
 def describe(kernel: str, batch_kernels: Sequence[str]) -> str:

@@ -46,7 +46,8 @@ def choose_kernel(kernel: str) -> str | None:
     if kernel == "auto":
         return None
     available = _core.kernels()
-    if kernel not in available:
+    grouped = [*_core.grouped_kernels("float"), *_core.grouped_kernels("int8")]
+    if kernel not in available and kernel not in grouped:
         raise ValueError(
             f"{source} is {kernel!r}; this CPU can run {', '.join(available)}, or auto for the "
             "fastest"

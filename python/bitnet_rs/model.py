@@ -21,7 +21,9 @@ from bitnet_rs.checks import check_integer, check_iterable
 from bitnet_rs.completion import Completion, Reply, Stream, run, texts
 from bitnet_rs.engine import PREFILL_TOKENS, Engine, Request, check_ids
 from bitnet_rs.kernel_choice import KernelChoice, choose_kernels, describe
-from bitnet_rs.loaders import Checkpoint, open_checkpoint
+from bitnet_rs.loaders import Checkpoint, FileOptions, open_checkpoint
+from bitnet_rs.loaders.families import Activations
+from bitnet_rs.loaders.ggml_types import GgmlOptions, I2sLayout
 from bitnet_rs.loaders.progress import show_progress
 from bitnet_rs.machine import choose_kernel, choose_threads
 from bitnet_rs.options import Defaults, Options, Settings, check_options, choose_context
@@ -45,6 +47,10 @@ def load(
     kv_dtype: KvDtype = "f16",
     context: int | None = None,
     revision: str | None = None,
+    activations: Activations | None = None,
+    masters: bool = False,
+    i2s_layout: I2sLayout = "x86",
+    tl_tiles: Mapping[tuple[int, int], tuple[int, int, int]] | None = None,
 ) -> Model:
     """Loads a ternary model.
 
@@ -54,7 +60,8 @@ def load(
 
     Args:
         source: `demo` (a small model that comes with the package), a folder with the
-            checkpoint's files, or a Hugging Face hub id, which is downloaded once and cached.
+            checkpoint's files, a GGUF file, or a Hugging Face hub id (of a GGUF repository perhaps
+            with the file's name behind it), which is downloaded once and cached.
         threads: Threads that compute. None: the environment variable BITNET_RS_THREADS, else one
             per physical core.
         kernel: A name from `info().kernels`. `auto`: BITNET_RS_KERNEL, else the fastest, measured
@@ -63,6 +70,13 @@ def load(
         kv_dtype: Precision of cached keys and values, `f16` or `f32`.
         context: Most tokens of prompt and answer together. None: what the model was trained for.
         revision: Branch, tag or commit of a hub id.
+        activations: What projections multiply. None: what the model was trained with; `int8`
+            rounds the activations of a model that was trained with floats (`print(model)` says
+            so), or says how a model was trained whose files do not.
+        masters: Float weights are the masters of a ternary model, to be quantized by their
+            absolute mean, though config.json does not say so.
+        i2s_layout: Order of weights in I2_S files: `x86` (all published ones), `arm`, `rows4`.
+        tl_tiles: For TL1 and TL2 files, (BM, BK, bm) by (rows, columns) of a matrix.
 
     Raises:
         FileNotFoundError: The checkpoint or one of its files does not exist.
@@ -74,15 +88,20 @@ def load(
     choose_kernel(kernel)  # refuses an unknown name before anything is downloaded
     if kv_dtype not in ("f16", "f32"):
         raise ValueError(f"kv_dtype is {kv_dtype!r}; wanted 'f16' or 'f32'")
-    checkpoint = open_checkpoint(source, revision=revision)
+    options = FileOptions(
+        activations=activations,
+        masters=masters,
+        ggml=GgmlOptions(i2_s_layout=i2s_layout, tiles=dict(tl_tiles or {})),
+    )
+    checkpoint = open_checkpoint(source, revision=revision, options=options)
     # A checkpoint without a tokenizer is of use for ids, speed and checks; what needs text says so.
     tokenizer: Tokenizer | FileNotFoundError
     try:
-        tokenizer = Tokenizer.from_folder(checkpoint.path)
+        tokenizer = open_tokenizer(checkpoint)
     except FileNotFoundError as error:
         tokenizer = error.with_traceback(None)
     defaults = Defaults.of(checkpoint, tokenizer if isinstance(tokenizer, Tokenizer) else None)
-    choice = choose_kernels(kernel, checkpoint.core_config, n_threads)
+    choice = choose_kernels(kernel, checkpoint.core_config, n_threads, grouped=checkpoint.grouped)
     with show_progress(checkpoint) as weights:
         core = _core.Model(
             checkpoint.core_config,
@@ -94,6 +113,18 @@ def load(
     return Model(
         checkpoint, core, tokenizer, defaults, choice=choice, kv_dtype=kv_dtype, context=context
     )
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of a checkpoint: in its folder, or in its GGUF file.
+
+    Raises:
+        FileNotFoundError: It has none.
+        ValueError: It is of a kind that is not supported, or damaged.
+    """
+    if checkpoint.gguf_metadata is not None:
+        return Tokenizer.from_gguf(checkpoint.gguf_metadata, str(checkpoint.path))
+    return Tokenizer.from_folder(checkpoint.path)
 
 
 class Model:
@@ -117,6 +148,7 @@ class Model:
         format: How the weights are stored on disk.
         lossless: Whether the computation is exactly the one the model was trained for.
         lossless_reason: Why.
+        notes: What was not taken as the files have it, or is to be known.
         checkpoint: The files it came from.
     """
 
@@ -140,6 +172,9 @@ class Model:
         self.format: Final = checkpoint.format
         self.lossless: Final = checkpoint.lossless
         self.lossless_reason: Final = checkpoint.lossless_reason
+        self.notes: Final = checkpoint.notes + (
+            tokenizer.notes if isinstance(tokenizer, Tokenizer) else ()
+        )
         self.facts: Final = core.facts
         self.kernel: Final = core.kernel
         self.batch_kernels: Final = tuple(core.batch_kernels)
@@ -202,6 +237,7 @@ class Model:
             f"  memory    {int(facts['packed_bytes']) / 1e6:,.1f} MB of weights",
             f"  context   {self.context_length} tokens, keys and values in {self.kv_dtype}",
             f"  lossless  {lossless}: {self.lossless_reason}",
+            *(f"  note      {note}" for note in self.notes),
         )
         return "\n".join(rows)
 
@@ -406,6 +442,73 @@ class Model:
             rows[at : at + len(chunk)] = core.forward([(chunk, cache)], logits="all")
         return rows
 
+    @overload
+    def embed(self, text: str) -> NDArray[np.float32]: ...
+    @overload
+    def embed(self, text: list[str]) -> NDArray[np.float32]: ...
+    def embed(self, text: str | list[str]) -> NDArray[np.float32]:
+        """Embeddings of texts: the last token's hidden state, scaled to length 1.
+
+        For the embedding models, whose tokenizers end a text with the token that is taken. Their
+        dot products are cosines. A text gets the same embedding alone and in a list.
+
+        Args:
+            text: A text, or several, which are computed together.
+
+        Returns:
+            float32, shape (hidden_size,) for a text, (n, hidden_size) for a list of n.
+
+        Raises:
+            FileNotFoundError: The checkpoint has no tokenizer.
+            TypeError: `text` is neither.
+            ValueError: The model is none for embeddings, or a text is empty or too long.
+        """
+        if not self.checkpoint.embedding:
+            raise ValueError(
+                f"{self.name} is a model that writes text, not one for embeddings, such as "
+                "microsoft/bitnet-embedding-0.6b; use generate() or logits()"
+            )
+        if isinstance(text, str):
+            return self._embed([self._prompt(text, "text")])[0]
+        ids = []
+        for i, one in enumerate(check_iterable("text", text, "a str, or a list of them")):
+            if not isinstance(one, str):
+                raise TypeError(f"text[{i}] is a {type(one).__name__}; wanted a str")
+            ids.append(self._prompt(one, f"text[{i}]"))
+        return self._embed(ids)
+
+    def _embed(self, texts: list[NDArray[np.uint32]]) -> NDArray[np.float32]:
+        """Embeddings of token ids: passes of so many tokens as a prompt's chunks have."""
+        core = self.core
+        out = np.empty((len(texts), int(self.facts["hidden_size"])), np.float32)
+        for i, ids in enumerate(texts):
+            if len(ids) > self.context_length:
+                raise ValueError(
+                    f"text[{i}] has {len(ids)} tokens; the context holds {self.context_length}: "
+                    "embed it in pieces"
+                )
+        batch: list[tuple[NDArray[np.uint32], _core.KvCache]] = []
+        order: list[int] = []
+
+        def run_batch() -> None:
+            if batch:
+                out[order] = core.forward_hidden(batch)
+            batch.clear()
+            order.clear()
+
+        for i, ids in enumerate(texts):
+            cache = core.new_cache(len(ids), self.kv_dtype)
+            while len(ids) > PREFILL_TOKENS:
+                core.forward_top([(ids[:PREFILL_TOKENS], cache)], [0])
+                ids = ids[PREFILL_TOKENS:]
+            if sum(len(part) for part, _ in batch) + len(ids) > PREFILL_TOKENS:
+                run_batch()
+            batch.append((ids, cache))
+            order.append(i)
+        run_batch()
+        out /= np.sqrt(np.square(out).sum(axis=1, keepdims=True))
+        return out
+
     def new_cache(self, capacity: int | None = None) -> _core.KvCache:
         """An empty KV cache for `core.forward`; for the whole context when None.
 
@@ -491,6 +594,10 @@ class Model:
             cure: What to do then.
             default_max_tokens: Where neither the caller nor the checkpoint says; None: what fits.
         """
+        if self.checkpoint.embedding:
+            raise ValueError(
+                f"{self.name} is a model for embeddings, which was not trained to write; use embed()"
+            )
         room = self.context_length - len(prompt)
         if room < 1:
             most = int(self.facts["max_positions"])

@@ -73,7 +73,7 @@ class Defaults:
         found = checkpoint.generation_config
         names = ["repetition_penalty"]
         values: dict[str, Any] = {}
-        where = checkpoint.path / "generation_config.json"
+        where = checkpoint.config_file.with_name("generation_config.json")
         do_sample = found.get("do_sample")
         if do_sample is not None and not isinstance(do_sample, bool):
             raise ValueError(
@@ -99,7 +99,7 @@ class Defaults:
             stop_ids.update(tokenizer.eos_token_ids, tokenizer.end_of_turn_ids)
         for file, content in (
             (where, found),
-            (checkpoint.path / "config.json", checkpoint.config),
+            (checkpoint.config_file, checkpoint.config),
         ):
             value = content.get("eos_token_id")
             listed = value if isinstance(value, list) else [] if value is None else [value]

@@ -115,21 +115,23 @@ def run(
     Raises:
         ValueError, FileNotFoundError, KeyError: The model's files have changed or are gone.
     """
+    from bitnet_rs.kernel_choice import kernels_for
     from bitnet_rs.loaders import open_checkpoint
 
     def build(kernel: str, threads: int) -> _core.Model:
-        checkpoint = open_checkpoint(model.checkpoint.path)
+        checkpoint = open_checkpoint(model.checkpoint.path, options=model.checkpoint.options)
         return _core.Model(
             checkpoint.core_config, checkpoint.weights, kernel=kernel, threads=threads
         )
 
-    if golden is None and (beside := model.checkpoint.path / "golden.npz").is_file():
+    beside = model.checkpoint.config_file.with_name("golden.npz")
+    if golden is None and model.checkpoint.gguf_metadata is None and beside.is_file():
         golden = beside
     checks = []
     for check in check_core(
         model.core,
         build,
-        kernels=_core.kernels(),
+        kernels=kernels_for(str(model.facts["activations"]), grouped=model.checkpoint.grouped),
         kv_dtype=model.kv_dtype,
         context_length=model.context_length,
         golden=golden,

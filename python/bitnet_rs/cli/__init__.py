@@ -20,7 +20,7 @@ from bitnet_rs.cli import bench, chat, generate, info, verify
 app = typer.Typer(
     name="bitnet-rs",
     help="Run ternary (1.58-bit) language models on CPUs: exact and fast.",
-    epilog="MODEL is a folder, a Hugging Face id such as microsoft/bitnet-b1.58-2B-4T, or "
+    epilog="MODEL is a folder, a GGUF file, a Hugging Face id such as microsoft/bitnet-b1.58-2B-4T, or "
     "demo, the small model that comes with the package and is used when none is named.",
     no_args_is_help=True,
     add_completion=False,

@@ -42,6 +42,10 @@ def bench(
     kernel: common.Kernel = "auto",
     kv_dtype: common.KvDtype = "f16",
     revision: common.Revision = None,
+    activations: common.ActivationsOption = None,
+    masters: common.Masters = False,
+    i2s_layout: common.I2sLayout = "x86",
+    tl_tiles: common.TlTiles = None,
 ) -> None:
     """Measure prefill and decode speed."""
     if model is not None and synthetic is not None:
@@ -54,7 +58,11 @@ def bench(
     with common.Progress() as progress:
         if synthetic is None:
             loaded = bitnet_rs.load(
-                model or "demo", threads=threads, kernel=kernel, revision=revision
+                model or "demo",
+                threads=threads,
+                kernel=kernel,
+                revision=revision,
+                **common.file_arguments(activations, masters, i2s_layout, tl_tiles),
             )
             name, core = loaded.name, loaded.core
         else:

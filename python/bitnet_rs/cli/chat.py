@@ -51,6 +51,10 @@ def chat(
     kv_dtype: common.KvDtype = "f16",
     context: common.Context = None,
     revision: common.Revision = None,
+    activations: common.ActivationsOption = None,
+    masters: common.Masters = False,
+    i2s_layout: common.I2sLayout = "x86",
+    tl_tiles: common.TlTiles = None,
 ) -> None:
     """Talk with a model.
 
@@ -61,7 +65,13 @@ def chat(
     import bitnet_rs
 
     loaded = bitnet_rs.load(
-        model, threads=threads, kernel=kernel, kv_dtype=kv_dtype, context=context, revision=revision
+        model,
+        threads=threads,
+        kernel=kernel,
+        kv_dtype=kv_dtype,
+        context=context,
+        revision=revision,
+        **common.file_arguments(activations, masters, i2s_layout, tl_tiles),
     )
     options: Options = {
         "max_tokens": max_tokens,

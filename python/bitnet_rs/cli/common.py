@@ -7,9 +7,10 @@ one range and one help text everywhere. A value out of range is wrong usage (exi
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, TextIO, TypedDict
 
 import typer
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def _known_kernel(name: str) -> str:
-    known = ("auto", *_core.kernels())
+    grouped = (*_core.grouped_kernels("float"), *_core.grouped_kernels("int8"))
+    known = ("auto", *_core.kernels(), *grouped)
     if name not in known:
         raise typer.BadParameter(f"{name!r} is none of those this CPU can run: {', '.join(known)}.")
     return name
@@ -46,7 +48,9 @@ def _not_empty(strings: list[str] | None) -> list[str] | None:
     return strings
 
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or demo.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub id, or demo.")
+]
 Threads = Annotated[
     int | None,
     typer.Option(
@@ -135,6 +139,73 @@ Stop = Annotated[
     ),
 ]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after stop tokens.")]
+
+
+def _tiles(texts: list[str] | None) -> list[str] | None:
+    for text in texts or ():
+        if not _TILE.fullmatch(text):
+            raise typer.BadParameter(f"{text!r}; wanted ROWSxCOLUMNS=BM,BK,bm.")
+    return texts
+
+
+_TILE: Final = re.compile(r"(\d{1,9})x(\d{1,9})=(\d{1,9}),(\d{1,9}),(\d{1,9})")
+
+ActivationsOption = Annotated[
+    Literal["int8", "float"] | None,
+    typer.Option(
+        "--activations",
+        help="What ternary matrices multiply, where the files do not say, or to round float "
+        "activations to int8. Else as trained.",
+    ),
+]
+Masters = Annotated[
+    bool,
+    typer.Option(
+        "--masters", help="Float weights are masters of a ternary model, whatever the config says."
+    ),
+]
+I2sLayout = Annotated[
+    Literal["x86", "arm", "rows4"],
+    typer.Option("--i2s-layout", help="Order of weights in an I2_S file; published ones: x86."),
+]
+TlTiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tl-tiles",
+        metavar="ROWSxCOLUMNS=BM,BK,bm",
+        callback=_tiles,
+        help="Tiles of the matrices of that shape in a TL1 or TL2 file; once for each shape.",
+    ),
+]
+
+
+class FileArguments(TypedDict):
+    """What `load` takes for files that do not say everything."""
+
+    activations: Literal["int8", "float"] | None
+    masters: bool
+    i2s_layout: Literal["x86", "arm", "rows4"]
+    tl_tiles: dict[tuple[int, int], tuple[int, int, int]]
+
+
+def file_arguments(
+    activations: Literal["int8", "float"] | None,
+    masters: bool,  # noqa: FBT001 (as the command line has them)
+    i2s_layout: Literal["x86", "arm", "rows4"],
+    tl_tiles: list[str] | None,
+) -> FileArguments:
+    """The options above as `load` takes them."""
+    tiles = {}
+    for text in tl_tiles or ():
+        if match := _TILE.fullmatch(text):
+            rows, cols, bm, bk, small = map(int, match.groups())
+            tiles[rows, cols] = (bm, bk, small)
+    return {
+        "activations": activations,
+        "masters": masters,
+        "i2s_layout": i2s_layout,
+        "tl_tiles": tiles,
+    }
 
 
 def standard_input() -> TextIO:

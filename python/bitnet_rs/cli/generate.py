@@ -18,7 +18,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def generate(
     first: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Folder, hub id, or demo. [default: demo]"),
+        typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub id, or demo. [default: demo]"),
     ] = None,
     second: Annotated[
         str | None,
@@ -26,7 +26,9 @@ def generate(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Folder, hub id, or demo; then PROMPT stands alone."),
+        typer.Option(
+            "--model", "-m", help="Folder, GGUF file, hub id, or demo; then PROMPT stands alone."
+        ),
     ] = None,
     max_tokens: common.MaxTokens = None,
     stop: common.Stop = None,
@@ -45,6 +47,10 @@ def generate(
     kv_dtype: common.KvDtype = "f16",
     context: common.Context = None,
     revision: common.Revision = None,
+    activations: common.ActivationsOption = None,
+    masters: common.Masters = False,
+    i2s_layout: common.I2sLayout = "x86",
+    tl_tiles: common.TlTiles = None,
 ) -> None:
     """Continue a prompt.
 
@@ -58,7 +64,13 @@ def generate(
     import bitnet_rs
 
     loaded = bitnet_rs.load(
-        name, threads=threads, kernel=kernel, kv_dtype=kv_dtype, context=context, revision=revision
+        name,
+        threads=threads,
+        kernel=kernel,
+        kv_dtype=kv_dtype,
+        context=context,
+        revision=revision,
+        **common.file_arguments(activations, masters, i2s_layout, tl_tiles),
     )
     stream = loaded.stream(
         prompt,

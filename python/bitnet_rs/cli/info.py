@@ -1,6 +1,7 @@
 """`bitnet-rs info`: the machine, the kernel in use and why, and the facts about a model.
 
-For people who choose a model or report a problem; with `--json`, for programs.
+For people who choose a model or report a problem; with `--json`, for programs. Of a checkpoint
+that cannot be loaded it tells what it is and why.
 """
 
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from bitnet_rs.cli import common
 
 if TYPE_CHECKING:
     from bitnet_rs import Info, Model
+    from bitnet_rs.inspection import Inspection
     from bitnet_rs.kernel_choice import KernelChoice
 
 
@@ -26,15 +28,37 @@ def info(
     kv_dtype: common.KvDtype = "f16",
     context: common.Context = None,
     revision: common.Revision = None,
+    activations: common.ActivationsOption = None,
+    masters: common.Masters = False,
+    i2s_layout: common.I2sLayout = "x86",
+    tl_tiles: common.TlTiles = None,
 ) -> None:
     """Show CPU features, kernels and versions, and facts about a model."""
     import bitnet_rs
     from bitnet_rs import _core
 
     machine = bitnet_rs.info()
-    loaded = bitnet_rs.load(
-        model, threads=threads, kernel=kernel, kv_dtype=kv_dtype, context=context, revision=revision
-    )
+    arguments = common.file_arguments(activations, masters, i2s_layout, tl_tiles)
+    found = _inspect(model, revision, arguments)
+    try:
+        if found.refused is not None:
+            raise ValueError(found.refused)
+        loaded = bitnet_rs.load(
+            model,
+            threads=threads,
+            kernel=kernel,
+            kv_dtype=kv_dtype,
+            context=context,
+            revision=revision,
+            **arguments,
+        )
+    except (ValueError, LookupError):
+        # What it is, though it cannot run; the error comes last, on stderr.
+        if json:
+            common.print_json(_machine(machine) | {"model": found.to_dict()})
+        else:
+            _print_found(found)
+        raise
     if json:
         report = _machine(machine) | {
             "kernel": loaded.kernel,
@@ -42,7 +66,8 @@ def info(
             "kernel_reason": loaded.kernel_choice.reason,
             "kernel_speeds": [asdict(speed) for speed in loaded.kernel_choice.speeds],
             "threads": loaded.threads,
-            "model": _facts(loaded),
+            "model": _facts(loaded)
+            | {"file": {key: value for key, value in found.to_dict().items() if key != "refused"}},
         }
         if tensors:
             report["model"]["tensors"] = [
@@ -55,11 +80,45 @@ def info(
     _print_speeds(loaded.kernel_choice)
     print()
     print(loaded)
-    _print_facts(_facts(loaded))
+    _print_facts(_facts(loaded) | {"tensor_kinds": _tensor_kinds(found)})
     if tensors:
         print()
         for name, dtype, shape in loaded.checkpoint.tensors():
             print(f"  {name}  {dtype}  {'x'.join(map(str, shape))}")
+
+
+def _inspect(model: str, revision: str | None, arguments: common.FileArguments) -> "Inspection":
+    from bitnet_rs.inspection import inspect
+    from bitnet_rs.loaders import FileOptions
+    from bitnet_rs.loaders.ggml_types import GgmlOptions
+
+    options = FileOptions(
+        activations=arguments["activations"],
+        masters=arguments["masters"],
+        ggml=GgmlOptions(i2_s_layout=arguments["i2s_layout"], tiles=arguments["tl_tiles"]),
+    )
+    return inspect(model, revision=revision, options=options)
+
+
+def _print_found(found: "Inspection") -> None:
+    """What is known of a checkpoint that cannot be loaded."""
+    size = f"{found.n_bytes / 1e6:,.1f} MB in " if found.n_bytes is not None else ""
+    template = "with" if found.chat_template else "without"
+    tokenizer = found.tokenizer and f"{found.tokenizer}, {template} a chat template"
+    rows = {
+        "file": f"{found.container}, {size}{found.path}",
+        "called": found.title,
+        "arch": found.architecture,
+        "format": found.format,
+        "tensors": _tensor_kinds(found),
+        "tokenizer": tokenizer,
+        "notes": "; ".join(found.notes),
+    }
+    common.print_table({name: value for name, value in rows.items() if value})
+
+
+def _tensor_kinds(found: "Inspection") -> str:
+    return ", ".join(f"{kind.tensors} {kind.type}" for kind in found.tensors)
 
 
 def _in_use(model: "Model") -> str:
@@ -104,6 +163,7 @@ def _facts(model: "Model") -> dict[str, Any]:
         "files_bytes": model.checkpoint.n_files_bytes,
         "lossless": model.lossless,
         "lossless_reason": model.lossless_reason,
+        "notes": list(model.notes),
         "context_length": model.context_length,
         "kv_dtype": model.kv_dtype,
         "kv_cache_bytes": model.core.new_cache(model.context_length, model.kv_dtype).n_bytes,
@@ -143,6 +203,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         else "with a chat template"
         if facts["chat_template"]
         else "without a chat template",
+        "tensors": facts["tensor_kinds"],
         "files": f"{facts['files_bytes'] / 1e6:,.1f} MB in {facts['path']}",
         "a token": f"reads {facts['bytes_per_token'] / 1e6:,.1f} MB of weights",
         "kv cache": f"{facts['kv_cache_bytes'] / 1e6:,.1f} MB when the context is full",

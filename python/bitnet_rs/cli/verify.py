@@ -28,6 +28,10 @@ def verify(
     kernel: common.Kernel = "auto",
     kv_dtype: common.KvDtype = "f16",
     revision: common.Revision = None,
+    activations: common.ActivationsOption = None,
+    masters: common.Masters = False,
+    i2s_layout: common.I2sLayout = "x86",
+    tl_tiles: common.TlTiles = None,
 ) -> None:
     """Check that kernels, threads, batches and chunks change no bit.
 
@@ -37,7 +41,12 @@ def verify(
     from bitnet_rs import verify as verifier
 
     loaded = bitnet_rs.load(
-        model, threads=threads, kernel=kernel, kv_dtype=kv_dtype, revision=revision
+        model,
+        threads=threads,
+        kernel=kernel,
+        kv_dtype=kv_dtype,
+        revision=revision,
+        **common.file_arguments(activations, masters, i2s_layout, tl_tiles),
     )
     with common.Progress() as progress:
 

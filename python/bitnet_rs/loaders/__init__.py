@@ -44,6 +44,7 @@ class Checkpoint:
         n_files_bytes: Bytes of the weight files.
         notes: Sentences about what was not taken as the files have it, or is to be known.
         gguf_metadata: Of a GGUF file, which holds its tokenizer; else None.
+        options: With which it was opened.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Checkpoint:
     n_files_bytes: int
     notes: tuple[str, ...] = ()
     gguf_metadata: Mapping[str, Any] | None = field(repr=False, default=None)
+    options: FileOptions = field(repr=False, default_factory=FileOptions)
     _tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = field(repr=False, default=())
 
     def tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -129,6 +131,7 @@ def open_checkpoint(
         lossless=lossless,
         lossless_reason=reason,
         n_files_bytes=sum(file.stat().st_size for file in files),
+        options=options,
         _tensors=tuple((t.name, t.dtype, t.shape) for t in tensors.values()),
     )
 
@@ -161,6 +164,7 @@ def _open_gguf(name: str, path: Path, options: FileOptions) -> Checkpoint:
         n_files_bytes=model.n_bytes,
         notes=model.notes,
         gguf_metadata=model.metadata,
+        options=options,
         _tensors=model.tensors,
     )
 

@@ -264,8 +264,8 @@ def _gemma3(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     n_layers = config["num_hidden_layers"]
     kinds = config.get("layer_types")
     if kinds is None:
-        every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
-        every = _GEMMA3_PATTERN if every is None else every
+        every = config.get("_sliding_window_pattern", _GEMMA3_PATTERN)
+        every = config.get("sliding_window_pattern", every)
         if type(every) is not int or every < 1:
             raise ValueError(f"{where}: field `sliding_window_pattern` is {every!r}; wanted >= 1")
         windowed = config.get("sliding_window") is not None

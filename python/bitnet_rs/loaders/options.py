@@ -4,15 +4,11 @@ For `open_checkpoint` and whoever passes the options on to it. Apart because eac
 some of it and none of them owns it.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, get_args
+from typing import get_args
 
 from bitnet_rs.loaders.families import Activations
-
-I2sLayout = Literal["x86", "arm", "rows4"]
-I2S_LAYOUTS: Final[tuple[I2sLayout, ...]] = get_args(I2sLayout)
-Tile = tuple[int, int, int]
+from bitnet_rs.loaders.ggml_types import GgmlOptions
 
 
 @dataclass(frozen=True)
@@ -24,21 +20,16 @@ class FileOptions:
             the user wants otherwise. None: as trained.
         masters: Float weights are masters of a ternary model, to be quantized at load, though
             config.json does not say so.
-        i2s_layout: Where I2_S puts weights follows from the machine that wrote the file: `x86`
-            (groups of 128, as in all published files), `arm` (groups of 64), or `rows4` (x86
-            without ACT_PARALLEL, four rows interleaved).
-        tl_tiles: Tiles that the writer of a TL1 or TL2 file was compiled with, (BM, BK, bm) by
-            (rows, cols).
+        ggml: Layouts and tiles of GGUF files.
 
     Raises:
-        ValueError: A value that is none of those.
+        ValueError: `activations` is none of those.
         TypeError: `masters` is no bool.
     """
 
     activations: Activations | None = None
     masters: bool = False
-    i2s_layout: I2sLayout = "x86"
-    tl_tiles: Mapping[tuple[int, int], Tile] = field(default_factory=dict)
+    ggml: GgmlOptions = field(default_factory=GgmlOptions)
 
     def __post_init__(self) -> None:
         """Checks what is given."""
@@ -48,7 +39,3 @@ class FileOptions:
             )
         if not isinstance(self.masters, bool):
             raise TypeError(f"masters is {self.masters!r}; wanted True or False")
-        if self.i2s_layout not in I2S_LAYOUTS:
-            raise ValueError(
-                f"i2s_layout is {self.i2s_layout!r}; wanted one of {', '.join(I2S_LAYOUTS)}"
-            )
