@@ -16,8 +16,8 @@ from bitnet_rs.loaders.safetensors import INDEX_FILE, SINGLE_FILE, read_index
 DEMO: Final = "demo"
 _DEMO_FOLDER: Final = Path(__file__).parent.parent / "demo"
 
-# tokenizer.model cannot be used, but a repository that has nothing else deserves an error that
-# says so.
+# tokenizer.model is sentencepiece's; it and added_tokens.json count where there is no
+# tokenizer.json.
 _SMALL_FILES: Final = (
     "config.json",
     "generation_config.json",
