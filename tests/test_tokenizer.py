@@ -417,17 +417,14 @@ def test_interrupts_are_not_taken_for_failures(demo: Tokenizer) -> None:
         tokenizer.decode([1])
 
 
-def test_sentencepiece_only_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
-    with pytest.raises(ValueError, match=r"sentencepiece.*save_pretrained.*tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path)
-
-
 def test_no_tokenizer_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no tokenizer; wanted tokenizer\.json\. Put"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no tokenizer\.json.*save_pretrained"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"kind of T5 only.*save_pretrained.*tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
 
 

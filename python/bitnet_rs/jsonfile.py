@@ -1,7 +1,7 @@
 """The small text files of a checkpoint: read whole, and refused by name where they are damaged.
 
-For `loaders` and `tokenizer.py`, which both read JSON and may not import each other. Apart so
-that every such file, whoever wrote it, fails in one way: a ValueError that names it.
+For `loaders` and `tokenizer.py`, which both read JSON. Apart so that every such file, whoever
+wrote it, fails in one way: a ValueError that names it.
 """
 
 import json

@@ -6,7 +6,9 @@ imports `tokenizers` (when a tokenizer is opened, not before) and `jinja2` (when
 a chat template is first used).
 
 What a special token is, whether BOS is put in front of a text and how text is
-cut up are decided by the checkpoint's `tokenizer.json` alone.
+cut up are decided by the checkpoint's `tokenizer.json` alone. Where there is
+none, `loaders` writes its content from GGUF metadata or from sentencepiece's
+`tokenizer.model`, and the rest is the same.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from bitnet_rs.jsonfile import read_object, read_text
 if TYPE_CHECKING:
     import jinja2
     import tokenizers
+
+    from bitnet_rs.loaders.tokenizer_json import AddedToken, TokenizerFiles
 
 _T = TypeVar("_T")
 
@@ -63,9 +67,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for source in (_read_object(folder / "special_tokens_map.json"), config):
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            value = source.get(name)
-            if isinstance(value, Mapping):
-                value = value.get("content")
+            value = _content(source.get(name))
             if isinstance(value, str):
                 found[name] = value
     return found
@@ -102,6 +104,7 @@ class Tokenizer:
         end_of_turn_ids: Ids of the tokens in the vocabulary that end a turn or a text in the
             chat formats of these model families.
         chat_template: Source of the chat template (jinja), or None.
+        notes: Sentences about what was not taken as the files have it; empty for tokenizer.json.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Tokenizer:
         chat_template: str | None = None,
         chat_template_source: str = "chat_template",
         source: str = "tokenizer.json",
+        notes: Sequence[str] = (),
     ) -> None:
         self._backend = backend
         self._source = source
@@ -118,6 +122,7 @@ class Tokenizer:
         self._template_source = chat_template_source
         self._compiled: jinja2.Template | None = None
         self.chat_template = chat_template
+        self.notes = tuple(notes)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token = self._special_tokens.get("bos_token")
         self.eos_token = self._special_tokens.get("eos_token")
@@ -127,7 +132,9 @@ class Tokenizer:
         self.bos_token_id = self.token_id(self.bos_token) if self.bos_token else None
         eos = self.token_id(self.eos_token) if self.eos_token else None
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
-        turns = (self.token_id(token) for token in _END_OF_TURN)
+        named = self._special_tokens.get("eot_token")
+        ends = dict.fromkeys([*_END_OF_TURN, *([named] if named else [])])
+        turns = (self.token_id(token) for token in ends)
         self.end_of_turn_ids = tuple(i for i in turns if i is not None and self.is_special(i))
 
     @classmethod
@@ -135,8 +142,9 @@ class Tokenizer:
         """Opens the tokenizer of a checkpoint folder.
 
         Args:
-            path: A folder with `tokenizer.json` and, where the checkpoint has them,
-                `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja`.
+            path: A folder with `tokenizer.json`, or else with sentencepiece's `tokenizer.model`,
+                and, where the checkpoint has them, `tokenizer_config.json`,
+                `special_tokens_map.json`, `added_tokens.json` and `chat_template.jinja`.
 
         Raises:
             FileNotFoundError: There is no tokenizer in the folder.
@@ -145,35 +153,64 @@ class Tokenizer:
         """
         path = Path(path)
         file = path / "tokenizer.json"
+        model = path / "tokenizer.model"
+        if not file.is_file() and not model.is_file():
+            raise _no_tokenizer(path)
+        config = _read_object(path / "tokenizer_config.json")
+        special_tokens = _special_tokens(path, config)
+        template, source = _chat_template(path, config)
         if not file.is_file():
-            others = [n for n in ("tokenizer.model", "spiece.model") if (path / n).is_file()]
-            if others:
-                raise ValueError(
-                    f"{path}: has a sentencepiece tokenizer only ({others[0]}); wanted "
-                    f"tokenizer.json: {_CURE}"
-                )
-            if (path / "vocab.json").is_file() or (path / "tokenizer_config.json").is_file():
-                raise ValueError(f"{path}: has no tokenizer.json, only older files: {_CURE}")
-            raise FileNotFoundError(
-                f"{path}: has no tokenizer; wanted tokenizer.json. Put the tokenizer.json (and "
-                "tokenizer_config.json) of the model it was trained from beside config.json"
-            )
+            files = _from_sentencepiece(model, config, special_tokens)
+            return cls._of_files(files, str(model), template, source)
         import tokenizers
 
-        backend = _call_backend(
-            lambda: tokenizers.Tokenizer.from_file(str(file)),
-            f"{file}: not a tokenizer that this version of tokenizers ({tokenizers.__version__}) "
-            "can read",
-            "fetch the file again, or upgrade tokenizers",
-        )
-        # Some files keep the padding and truncation of their training run.
-        backend.no_padding()
-        backend.no_truncation()
-        config = _read_object(path / "tokenizer_config.json")
-        template, source = _chat_template(path, config)
-        tokenizer = cls(backend, _special_tokens(path, config), template, source, str(file))
+        backend = _load_backend(lambda: tokenizers.Tokenizer.from_file(str(file)), str(file))
+        tokenizer = cls(backend, special_tokens, template, source, str(file))
         tokenizer.decode(tokenizer.encode(_TRIAL))
         return tokenizer
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
+        """Builds the tokenizer that the metadata of a GGUF file describes.
+
+        Args:
+            metadata: The file's metadata: scalars, strings, lists of strings, and numpy arrays
+                for arrays of numbers.
+            source: The file, for messages.
+
+        Raises:
+            FileNotFoundError: The file holds no tokenizer.
+            ValueError: The tokenizer is of a kind that is not known, or its metadata is damaged.
+        """
+        from bitnet_rs.loaders.gguf_tokenizer import tokenizer_from_gguf
+
+        files = tokenizer_from_gguf(metadata, source)
+        where = f"{source}: field `tokenizer.chat_template`"
+        return cls._of_files(files, source, files.chat_template, where)
+
+    @classmethod
+    def _of_files(
+        cls, files: TokenizerFiles, source: str, template: str | None, template_source: str
+    ) -> Tokenizer:
+        """Loads the content of a tokenizer.json that was built from another format."""
+        import tokenizers
+
+        text = json.dumps(files.json, ensure_ascii=False)
+        backend = _load_backend(lambda: tokenizers.Tokenizer.from_str(text), source)
+        tokenizer = cls(
+            backend, files.special_tokens, template, template_source, source, files.notes
+        )
+        tokenizer.decode(tokenizer.encode(_TRIAL))
+        return tokenizer
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that gives this tokenizer again."""
+        return str(self._backend.to_str())
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of special tokens by role: `bos_token`, `eos_token` and their like."""
+        return dict(self._special_tokens)
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size})"
@@ -340,6 +377,108 @@ class Tokenizer:
                 f"({type(error).__name__}: {error}); roles were "
                 f"{[message['role'] for message in checked]}"
             ) from error
+
+
+def _no_tokenizer(path: Path) -> Exception:
+    """The error for a folder without a tokenizer that can be read."""
+    if (path / "spiece.model").is_file():
+        return ValueError(
+            f"{path}: has a tokenizer of the kind of T5 only (spiece.model); wanted "
+            f"tokenizer.json: {_CURE}"
+        )
+    if (path / "vocab.json").is_file() or (path / "tokenizer_config.json").is_file():
+        return ValueError(f"{path}: has no tokenizer.json, only older files: {_CURE}")
+    return FileNotFoundError(
+        f"{path}: has no tokenizer; wanted tokenizer.json. Put the tokenizer.json (and "
+        "tokenizer_config.json) of the model it was trained from beside config.json"
+    )
+
+
+def _from_sentencepiece(
+    file: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> TokenizerFiles:
+    """Converts tokenizer.model with what the slow tokenizers of transformers keep beside it."""
+    from bitnet_rs.loaders.sentencepiece import tokenizer_from_sentencepiece
+
+    def flag(name: str, default: bool) -> bool:  # noqa: FBT001 (a value, not an option)
+        value = config.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(
+                f"{file.with_name('tokenizer_config.json')}: field `{name}` is {value!r}; wanted "
+                "true or false"
+            )
+        return default if value is None else value
+
+    return tokenizer_from_sentencepiece(
+        file.read_bytes(),
+        str(file),
+        # The defaults of transformers' LlamaTokenizer.
+        add_bos=flag("add_bos_token", True),
+        add_eos=flag("add_eos_token", False),
+        added_tokens=_added_tokens(file.parent, config, special_tokens),
+        special_tokens=special_tokens,
+        legacy=flag("legacy", True),
+    )
+
+
+def _added_tokens(
+    folder: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+) -> list[AddedToken]:
+    """Tokens beside tokenizer.model: added_tokens.json, and `added_tokens_decoder` of the config.
+
+    What has a role (`pad_token`) is special, the rest is as `added_tokens_decoder` says.
+    """
+    from bitnet_rs.loaders.tokenizer_json import AddedToken
+
+    more = config.get("additional_special_tokens")
+    special = set(special_tokens.values())
+    for token in map(_content, more if isinstance(more, list) else []):
+        if isinstance(token, str):
+            special.add(token)
+    found: dict[tuple[Any, Any], AddedToken] = {}
+    file = folder / "added_tokens.json"
+    for content, token_id in _read_object(file).items():
+        if type(token_id) is not int:
+            raise ValueError(f"{file}: {content!r} has the id {token_id!r}; wanted an integer")
+        found[token_id, content] = AddedToken(token_id, content, special=content in special)
+    decoder = config.get("added_tokens_decoder") or {}
+    where = f"{folder / 'tokenizer_config.json'}: field `added_tokens_decoder`"
+    for key, entry in decoder.items() if isinstance(decoder, dict) else [("", decoder)]:
+        text = entry.get("content") if isinstance(entry, dict) else None
+        if not key.isascii() or not key.isdigit() or len(key) > 9 or not isinstance(text, str):
+            raise ValueError(
+                f"{where} has the entry {key!r}: {entry!r}; wanted an id, and an object with "
+                "`content`"
+            )
+        found[int(key), text] = AddedToken(
+            int(key),
+            text,
+            special=bool(entry.get("special")) or text in special,
+            lstrip=bool(entry.get("lstrip")),
+            rstrip=bool(entry.get("rstrip")),
+        )
+    return list(found.values())
+
+
+def _content(token: Any) -> Any:
+    """The text of a token that is written as a string or as an object."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _load_backend(load: Callable[[], tokenizers.Tokenizer], source: str) -> tokenizers.Tokenizer:
+    """A tokenizer of the tokenizers library, without the habits of its training run."""
+    import tokenizers
+
+    backend = _call_backend(
+        load,
+        f"{source}: not a tokenizer that this version of tokenizers ({tokenizers.__version__}) "
+        "can read",
+        "fetch the file again, or upgrade tokenizers",
+    )
+    # Some files keep the padding and truncation of their training run.
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
 
 
 def _call_backend(call: Callable[[], _T], what: str, cure: str) -> _T:
