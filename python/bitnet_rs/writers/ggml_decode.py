@@ -5,8 +5,6 @@ encoders, and written from the definitions of the types rather than by turning t
 that one mistake cannot be in both.
 """
 
-from typing import Final
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,15 +42,17 @@ def decode_rows(data: Bytes, encoding: Encoding, cols: int) -> tuple[Trits, Byte
     return trits.reshape(-1, cols), blocks[:, -2:].reshape(-1, n_blocks, 2)
 
 
-# The first five digits of every byte: digit n of byte b is the whole part of
-# 3 * (b * 3^n mod 256) / 256.
-_DIGITS: Final = np.array(
-    [[b * 3**n % 256 * 3 // 256 - 1 for b in range(256)] for n in range(5)], np.int8
-)
-
-
 def _digits(data: Bytes, n_digits: int) -> Trits:
-    return np.concatenate([_DIGITS[n][data] for n in range(n_digits)], axis=1)
+    """The first base-3 digits of bytes, less one.
+
+    Digit n of byte b is the whole part of 3 x / 256, where x is b * 3^n mod 256: 0 up to 85, 1 up
+    to 170, else 2.
+    """
+    digits = []
+    for n in range(n_digits):
+        x = data * np.uint8(3**n)
+        digits.append((x > 85).view(np.int8) + (x > 170).view(np.int8) - np.int8(1))
+    return np.concatenate(digits, axis=1)
 
 
 def _two_bits(groups: Bytes, shifts: tuple[int, ...]) -> Trits:

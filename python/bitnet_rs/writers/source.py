@@ -92,6 +92,7 @@ class Source:
         _core.projections(config)  # refuses what the core would refuse
         self.config: Final = config
         self._weights = weights
+        self._names = frozenset(weights)
         shapes = _projection_shapes(config)
         self.tensors: Final[list[Matrix | Float]] = []
         for name in weights:
@@ -147,12 +148,12 @@ class Source:
 
     def _float(self, name: str) -> Float:
         array = self._weights[name]
-        if array.dtype.name not in DTYPES or f"{name}_scale" in self._weights:
+        if array.dtype.name not in DTYPES or f"{name}_scale" in self._names:
             raise ValueError(f"tensor {name} is ternary; only projections can be written so")
         return Float(name, array.dtype.name, array.shape)
 
     def _scales(self, name: str, rows: int, cols: int) -> NDArray[np.float32] | None:
-        if f"{name}_scale" not in self._weights:
+        if f"{name}_scale" not in self._names:
             return None
         scales: NDArray[np.float32] = self._weights[f"{name}_scale"]
         if not (np.isfinite(scales).all() and (scales >= 0).all()):

@@ -79,7 +79,10 @@ class PackedJob:
             with (folder / SINGLE_FILE).open("xb") as file:
                 written = self._write(file, steps)
                 sync(file)
-            self._check(folder, path, written, steps)
+            try:
+                self._check(folder, path, written, steps)
+            except (ValueError, KeyError) as error:  # what the loaders say to damaged files
+                raise differs(path, "the checkpoint") from error
 
     def _write(
         self, file: BinaryIO, steps: Steps
