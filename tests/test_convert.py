@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -397,6 +398,18 @@ def test_packed_safetensors_load_to_the_same_weights(
     np.testing.assert_array_equal(logits, again)
 
 
+def test_transformers_packed_the_same_masters_to_the_same_bytes(tmp_path: Path) -> None:
+    convert(DATA / "bitnet-online", tmp_path / "out", "safetensors-packed")
+    ours = open_checkpoint(tmp_path / "out").weights
+    theirs = open_checkpoint(DATA / "bitnet-packed").weights
+    assert sorted(ours) == sorted(theirs)
+    for name in theirs:
+        if name.endswith("_scale"):  # theirs is rounded to bfloat16
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2**-8)
+        else:
+            np.testing.assert_array_equal(ours[name], theirs[name], name, strict=True)
+
+
 def test_packed_safetensors_are_read_by_their_package(tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -440,6 +453,76 @@ def test_permutations_undo_each_other() -> None:
     for n_heads in (1, 2, 3, 4, 6):
         np.testing.assert_array_equal(from_pairs(permute(rows, n_heads), n_heads), rows)
         np.testing.assert_array_equal(unpermute(permute(rows, n_heads), n_heads), rows)
+
+
+def test_names_of_qwen3(tmp_path: Path) -> None:
+    written = source(tmp_path / "in", "llama")
+    weights = Grouped(written, None)
+    norms = {
+        f"model.layers.0.self_attn.{x}_norm.weight": f"blk.0.attn_{x}_norm.weight" for x in "qk"
+    }
+    for module, short in {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.o_proj": "attn_output",
+        "mlp.down_proj": "ffn_down",
+    }.items():
+        norms[f"model.layers.0.{module}.norm.weight"] = f"blk.0.{short}_norm_in.weight"
+    for i, name in enumerate(norms):
+        weights.arrays[name] = np.full(4, i, np.float32)
+    config = open_checkpoint(tmp_path / "in").core_config | {"model_type": "qwen3"}
+    job = to_gguf.GgufJob(Source(weights, config), ggml_encode.TQ2_0, "x", {})
+    job.run(tmp_path / "out.gguf", Steps(job.n_bytes, None), overwrite=False)
+    file = Gguf(tmp_path / "out.gguf")
+    assert file.metadata["general.architecture"] == "qwen3"
+    assert file.metadata["qwen3.attention.key_length"] == 64
+    assert set(file.tensors) == {*names(2, sub_norms=False, head=False).values(), *norms.values()}
+    for canonical, name in norms.items():
+        np.testing.assert_array_equal(file.floats(name), weights[canonical])
+    trits, _ = file.ternary("blk.1.attn_q.weight")
+    np.testing.assert_array_equal(trits, weights[Q])  # not permuted
+    weights.arrays["model.layers.0.self_attn.rotary.weight"] = np.ones(4, np.float32)
+    with pytest.raises(ValueError, match=r"rotary.weight has no name in GGUF.*safetensors-packed"):
+        to_gguf.GgufJob(Source(weights, config), ggml_encode.TQ2_0, "x", {})
+
+
+def test_tokenizers_come_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source(tmp_path / "in", vocab_size=1030)
+    asked = []
+
+    def gguf_from_tokenizer(content: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        asked.append((sorted(content), *rest))
+        return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}
+
+    module = types.ModuleType("gguf_tokenizer")
+    module.gguf_from_tokenizer = gguf_from_tokenizer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitnet_rs.loaders.gguf_tokenizer", module)
+    report = convert(tmp_path / "in", tmp_path / "out.gguf", "gguf-i2_s")
+    assert not any("without a tokenizer" in note for note in report.notes)
+    metadata = Gguf(tmp_path / "out.gguf").metadata
+    assert metadata["tokenizer.ggml.tokens"] == ["a", "b"]
+    ((keys, special, template, vocab_size, where),) = asked
+    assert {"model", "pre_tokenizer"} <= set(keys)
+    assert special["bos_token"] == Tokenizer.from_folder(tmp_path / "in").bos_token
+    assert template == Tokenizer.from_folder(tmp_path / "in").chat_template
+    assert vocab_size == 1030
+    assert where == str(tmp_path / "in" / "tokenizer.json")
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("an unknown pre-tokenizer")
+
+    module.gguf_from_tokenizer = refuse  # type: ignore[attr-defined]
+    report = convert(tmp_path / "in", tmp_path / "b.gguf", "gguf-i2_s")
+    assert any("without a tokenizer" in n and "unknown pre-tok" in n for n in report.notes)
+    assert not [k for k in Gguf(tmp_path / "b.gguf").metadata if k.startswith("tokenizer.")]
+
+
+def test_checkpoints_without_a_tokenizer(tmp_path: Path) -> None:
+    source(tmp_path / "in")
+    (tmp_path / "in" / "tokenizer.json").unlink()
+    for to in TARGETS:
+        report = convert(tmp_path / "in", destination(tmp_path, to), to)
+        assert any("without a tokenizer" in note for note in report.notes)
+        destination(tmp_path, to).rename(tmp_path / to)
 
 
 def test_the_bundled_model_and_a_second_round(tmp_path: Path) -> None:
@@ -741,16 +824,17 @@ def test_source_and_destination_are_kept_apart(tmp_path: Path) -> None:
         ("out.gguf", "safetensors-packed", ValueError, "a folder of files; name it without .gguf"),
         ("..", "safetensors-packed", ValueError, "has no name"),
         ("", "gguf-i2_s", ValueError, "dst is ''"),
+        ("~nobody-here/x.gguf", "gguf-i2_s", FileNotFoundError, "home folder of a user"),
     ],
 )
 def test_destinations_that_cannot_be(
     tmp_path: Path, dst: str, to: Target, error: type[Exception], words: str
 ) -> None:
     source(tmp_path / "in")
-    with pytest.raises(error, match=words):
-        convert(tmp_path / "in", f"{tmp_path}/{dst}" if dst else "", to)
-    with pytest.raises(error, match=words):
-        convert("no/such-model", f"{tmp_path}/{dst}" if dst else "", to)  # before any download
+    path = f"{tmp_path}/{dst}" if dst and dst[0] != "~" else dst
+    for model in (tmp_path / "in", "no/such-model"):  # it is seen before any download
+        with pytest.raises(error, match=words):
+            convert(model, path, to)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -875,9 +959,29 @@ def test_a_killed_process_leaves_nothing_under_the_name(tmp_path: Path, to: Targ
     other = left.with_name(left.name.replace("out", "other", 1))
     alive.write_text("x")
     other.write_text("x")
+    # A temporary with this process's pid is from an earlier process that had it.
+    left.with_name(left.name.replace(f"-{pid}.", f"-{os.getpid()}.")).write_text("x")
     convert(tmp_path / "in", path, to)
     found = {entry.name for entry in tmp_path.iterdir()}
     assert found == {"in", path.name, alive.name, other.name}
+
+
+def test_two_at_once_in_one_process(tmp_path: Path) -> None:
+    source(tmp_path / "in")
+    for to in TARGETS:
+        path = destination(tmp_path, to)
+        errors: list[Path] = []
+
+        def again(*_: Any, path: Path = path, to: Target = to, errors: list[Any] = errors) -> None:
+            if not errors:
+                with pytest.raises(FileExistsError, match="being written by this process already"):
+                    convert(tmp_path / "in", path, to)
+                errors.append(path)
+
+        convert(tmp_path / "in", path, to, progress=again)
+        assert errors == [path]
+        assert path.exists()
+        path.rename(tmp_path / to)
 
 
 def test_a_destination_that_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:

@@ -130,8 +130,11 @@ def convert(
     source = Source(checkpoint.weights, checkpoint.core_config)
     job: GgufJob | PackedJob
     if to == _PACKED:
+        files = _files(checkpoint)
+        job = PackedJob(source, files)
         notes: tuple[str, ...] = ()
-        job = PackedJob(source, _files(checkpoint))
+        if not {"tokenizer.json", "tokenizer.model"} & set(files):
+            notes = (f"without a tokenizer, since {checkpoint.path} has none",)
     else:
         metadata, notes = _tokenizer_metadata(checkpoint)
         job = GgufJob(source, ENCODINGS[to], _shown_name(checkpoint), metadata)
@@ -155,7 +158,13 @@ def _destination(dst: str | os.PathLike[str], to: str, *, overwrite: bool) -> Pa
     """The destination as an absolute path, if something may be written there."""
     if not isinstance(dst, (str, os.PathLike)) or not os.fspath(dst):
         raise ValueError(f"dst is {dst!r}; wanted the path of a file or folder to write")
-    given = Path(dst)
+    try:
+        given = Path(dst).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(
+            f"{os.fspath(dst)!r} starts in the home folder of a user that this machine does not "
+            "know; write the folder out"
+        ) from None
     if given.name in ("", ".."):
         raise ValueError(f"dst is {str(dst)!r}, which has no name; name the file or folder itself")
     # The last part is not resolved: a link is replaced, not what it points to.
@@ -267,5 +276,5 @@ def _tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Value], tuple
             str(file),
         )
     except (ImportError, FileNotFoundError, ValueError) as error:
-        return {}, (f"without a tokenizer, so that only token ids can be used: {error}",)
+        return {}, (f"without a tokenizer, so that other programs cannot run it: {error}",)
     return {key: typed(value, key) for key, value in content.items()}, ()

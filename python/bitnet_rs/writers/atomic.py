@@ -19,6 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
+# Temporaries that this process is writing. One with its pid that is not among them was left by a
+# process that had the pid before, as is usual in containers.
+_in_use: set[Path] = set()
+
 # Process ids mean something on one machine only, and folders may be shared between machines.
 _HOST: Final = re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())[:32]
 
@@ -38,9 +42,7 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
         FileExistsError: The destination is there, and `overwrite` is false.
         OSError: The folder cannot be written, or the disk is full; the message names it.
     """
-    temporary = _temporary(path)
-    with _named_errors(path):
-        _remove_stale(path)
+    with _named_errors(path), _claimed(path) as temporary:
         try:
             with temporary.open("x+b") as file:
                 yield file
@@ -62,8 +64,8 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         path: The destination; the folder that it lies in must exist.
         overwrite: Whether it may be there already. Folders cannot be exchanged in one step: the
             old one is moved to a temporary name, the new one takes its place, then the old one is
-            deleted. Should the process be killed between the first two, neither is lost and
-            neither has the name.
+            deleted. Should the process be killed between the first two, neither has the name,
+            and the old one stays as `.NAME.HOST-PID.old`.
 
     Yields:
         The temporary folder. Whoever opens files in it calls `sync` on them before closing them.
@@ -72,10 +74,8 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         FileExistsError: The destination is there, and `overwrite` is false.
         OSError: The folder cannot be written, or the disk is full; the message names it.
     """
-    temporary = _temporary(path)
-    old = temporary.with_suffix(".old")
-    with _named_errors(path):
-        _remove_stale(path)
+    with _named_errors(path), _claimed(path) as temporary:
+        old = temporary.with_suffix(".old")
         try:
             temporary.mkdir()
             yield temporary
@@ -105,8 +105,20 @@ def sync(file: BinaryIO) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
+@contextmanager
+def _claimed(path: Path) -> Iterator[Path]:
+    """The name of the temporary, which nothing has and nobody else takes."""
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.tmp")
+    if temporary in _in_use:
+        raise FileExistsError(
+            f"{path} is being written by this process already; wait for it, or name another"
+        )
+    _in_use.add(temporary)
+    try:
+        _remove_stale(path)
+        yield temporary
+    finally:
+        _in_use.discard(temporary)
 
 
 def _appeared(path: Path) -> FileExistsError:
@@ -145,7 +157,7 @@ def _remove_stale(path: Path) -> None:
     prefix = f".{path.name}.{_HOST}-"
     for found in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
         pid = found.name.removeprefix(prefix).removesuffix(".tmp")
-        if not pid.isdecimal() or _lives(int(pid)):
+        if not pid.isdecimal() or (int(pid) != os.getpid() and _lives(int(pid))):
             continue
         if found.is_dir() and not found.is_symlink():
             shutil.rmtree(found, ignore_errors=True)
