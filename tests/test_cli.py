@@ -110,11 +110,11 @@ def test_version_and_help() -> None:
     assert version.out == f"bitnet-rs {bitnet_rs.__version__}\n"
     shown = process("--help")
     assert shown.code == 0, shown
-    for command in ("generate", "chat", "info", "verify", "bench"):
+    for command in ("generate", "chat", "info", "verify", "bench", "convert"):
         assert command in shown.out
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "info", "verify", "bench"])
+@pytest.mark.parametrize("command", ["generate", "chat", "info", "verify", "bench", "convert"])
 def test_every_command_has_help(here: Here, command: str) -> None:
     shown = here(command, "--help")
     assert shown.code == 0, shown

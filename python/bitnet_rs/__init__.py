@@ -11,6 +11,7 @@ This file is the public API and nothing else: it re-exports names.
 from bitnet_rs._core import __version__
 from bitnet_rs.chat import Chat
 from bitnet_rs.completion import Completion, Stream, Timings, TokenLogprob, Usage
+from bitnet_rs.convert import ConvertReport, convert
 from bitnet_rs.machine import Info, info
 from bitnet_rs.model import Model, load
 from bitnet_rs.sampling import SamplingParams
@@ -18,6 +19,7 @@ from bitnet_rs.sampling import SamplingParams
 __all__ = [
     "Chat",
     "Completion",
+    "ConvertReport",
     "Info",
     "Model",
     "SamplingParams",
@@ -26,6 +28,7 @@ __all__ = [
     "TokenLogprob",
     "Usage",
     "__version__",
+    "convert",
     "info",
     "load",
 ]

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from bitnet_rs import __version__
-from bitnet_rs.cli import bench, chat, generate, info, verify
+from bitnet_rs.cli import bench, chat, convert, generate, info, verify
 
 app = typer.Typer(
     name="bitnet-rs",
@@ -34,6 +34,7 @@ for command in (
     info.info,
     verify.verify,
     bench.bench,
+    convert.convert,
 ):
     app.command()(command)
 
