@@ -9,7 +9,7 @@ SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
 CORE := python/bitnet_rs/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated lint format bench bench-results bench-kernels wheel clean rust
+.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated fuzz lint format bench bench-results bench-kernels wheel clean rust
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 24
@@ -42,6 +42,9 @@ test-x86-levels: rust  ## The Rust tests on emulated older x86-64 processors (ne
 
 test-avx512-emulated: rust  ## The Rust tests on an emulated PC with AVX-512 (needs Debian 12)
 	tools/test-avx512-emulated.sh
+
+fuzz: $(CORE)  ## Read 200,000 damaged GGUF and safetensors files: each loads or fails clearly (10 minutes)
+	$(BIN)/python tests/fuzz_gguf.py 200000
 
 lint: $(CORE)  ## Formatting, clippy, rustdoc, ruff, mypy, stubtest: warnings are errors
 	cargo fmt --check

@@ -45,6 +45,7 @@ class GgmlType:
         tail_bytes: Bytes after the tensor's blocks.
         layout: Of I2_S, the order of weights; see `GgmlOptions`.
         tile: Of TL1 and TL2, (BM, BK, bm); see `GgmlOptions`.
+        scale: The tensor that holds the one scale of the matrix, where that is apart.
     """
 
     name: str
@@ -55,6 +56,7 @@ class GgmlType:
     tail_bytes: int = 0
     layout: I2sLayout | None = None
     tile: Tile | None = None
+    scale: GgufTensor | None = None
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes that a tensor takes, without padding to the next one.
@@ -119,8 +121,18 @@ _TYPES: Final[Mapping[int, tuple[GgmlType, ...]]] = {
     35: (_ternary("TQ2_0", 256, 66),),
     # Blocks of I2_S depend on the layout; a quarter byte a weight does not.
     36: (_ternary("I2_S", 4, 1, tail_bytes=_TAIL), _unsupported("IQ4_NL_4_4", 32, 18)),
-    38: (_ternary("TL1", 4, 1, tail_bytes=_TAIL), _unsupported("IQ4_NL_8_8", 32, 18)),
-    39: (_ternary("TL2", 1, 0, tail_bytes=_TAIL), _unsupported("MXFP4", 32, 17)),
+    # bitnet.cpp counts the tail of TL1 and TL2, but its converter writes none: what lies there is
+    # the next tensor, the scale.
+    38: (
+        _ternary("TL1", 4, 1),
+        _ternary("TL1", 4, 1, tail_bytes=_TAIL),
+        _unsupported("IQ4_NL_8_8", 32, 18),
+    ),
+    39: (
+        _ternary("TL2", 1, 0),
+        _ternary("TL2", 1, 0, tail_bytes=_TAIL),
+        _unsupported("MXFP4", 32, 17),
+    ),
     40: (_ternary("Q1_0_g32", 32, 6), _unsupported("NVFP4", 64, 36)),
     41: (_ternary("Q1_0", 128, 18),),
     42: (
@@ -179,7 +191,7 @@ def resolve_types(file: GgufFile, options: GgmlOptions | None = None) -> Mapping
     last = _last_tensors(file)
     chosen = {type_id: _choose(file, type_id, tensors, last) for type_id, tensors in by_id.items()}
     return {
-        name: _as_stored(tensor, chosen[tensor.type_id], options)
+        name: _as_stored(tensor, chosen[tensor.type_id], file, options)
         for name, tensor in file.tensors.items()
     }
 
@@ -223,11 +235,17 @@ def _choose(file: GgufFile, type_id: int, tensors: list[GgufTensor], last: set[s
 def _fits(type_: GgmlType, tensor: GgufTensor, file: GgufFile, last: set[str]) -> bool:
     if tensor.shape[-1] % type_.block:
         return False
+    if _has_scale_apart(type_) and f"{tensor.name}_scale" not in file.tensors:
+        return False
     n_bytes = type_.n_bytes(tensor.shape)
     if tensor.name in last:
         return n_bytes <= tensor.room
     # A writer pads to the alignment; the last tensor may do without.
     return tensor.room in (n_bytes, -(-n_bytes // file.alignment) * file.alignment)
+
+
+def _has_scale_apart(type_: GgmlType) -> bool:
+    return type_.name in ("TL1", "TL2") and not type_.tail_bytes
 
 
 def _by_metadata(file: GgufFile, candidates: tuple[GgmlType, ...]) -> tuple[GgmlType, ...]:
@@ -250,8 +268,10 @@ def _by_metadata(file: GgufFile, candidates: tuple[GgmlType, ...]) -> tuple[Ggml
     return tuple(t for t in candidates if t.name in named) or candidates
 
 
-def _as_stored(tensor: GgufTensor, type_: GgmlType, options: GgmlOptions) -> GgmlType:
-    """Checks a tensor against its type; adds layout and tile."""
+def _as_stored(
+    tensor: GgufTensor, type_: GgmlType, file: GgufFile, options: GgmlOptions
+) -> GgmlType:
+    """Checks a tensor against its type; adds layout, tile and the tensor of the scale."""
     shape = tensor.shape
     if type_.kind == "ternary" and len(shape) != 2:
         _refuse(
@@ -262,7 +282,11 @@ def _as_stored(tensor: GgufTensor, type_: GgmlType, options: GgmlOptions) -> Ggm
     if type_.name == "I2_S":
         type_ = replace(type_, layout=_checked_layout(tensor, options.i2_s_layout))
     elif type_.name in ("TL1", "TL2"):
-        type_ = replace(type_, tile=_checked_tile(tensor, type_, options.tiles))
+        tile = _checked_tile(tensor, type_, options.tiles)
+        scale = file.tensors[f"{tensor.name}_scale"] if _has_scale_apart(type_) else None
+        if scale is not None and (scale.type_id, math.prod(scale.shape)) != (0, 1):
+            _refuse(scale, f"has type id {scale.type_id} and shape {list(scale.shape)}", "one F32")
+        type_ = replace(type_, tile=tile, scale=scale)
     elif type_.name == "IQ2_BN_R4" and shape[0] % 4:
         _refuse(tensor, f"has {shape[0]} rows", "a multiple of 4 for IQ2_BN_R4")
     n_bytes = type_.n_bytes(shape)
@@ -319,7 +343,9 @@ def _checked_tile(tensor: GgufTensor, type_: GgmlType, tiles: Mapping[Any, Tile]
         # A sign word spans 32 rows and 24 columns; pairs come in tiles 32 wide.
         good = low == 32 and not (rows % high or high % low or wide % 24 or cols % wide % 32)
         good = good and cols >= max(wide, 256)
-        good = good and ggml_trits.tl2_stream(shape, wide) <= type_.n_bytes(shape) - _TAIL
+        good = (
+            good and ggml_trits.tl2_stream(shape, wide) <= type_.n_bytes(shape) - type_.tail_bytes
+        )
         wanted = "bm 32, BM a multiple of 32 that divides the rows, BK one of 24 that leaves a "
         wanted += "multiple of 32 of at least 256 columns, at most 256"
     if not good:
@@ -413,9 +439,10 @@ def read_scales(
             is not ternary.
     """
     data, (rows, cols) = _matrix(tensor, type_, mapper)
-    if type_.tail_bytes:
+    if type_.tail_bytes or type_.scale is not None:
         at = len(data) - type_.tail_bytes
-        scale = data[at : at + 4].copy().view("<f4").astype(np.float32)
+        stored = data[at : at + 4] if type_.scale is None else type_.scale.read(4)
+        scale = stored.copy().view("<f4").astype(np.float32)
         if not 0 < scale[0] < np.inf:
             _refuse(tensor, f"has the scale {scale[0]}", "a positive, finite one")
         return scale

@@ -68,7 +68,7 @@ class GgufTensor:
         name: Its name.
         type_id: The id of its ggml type. What the id means is for `ggml_types.resolve_types`.
         shape: Its shape, slowest dimension first, as numpy has it: (rows, cols) of a matrix.
-            ggml lists them the other way round.
+            ggml lists them the other way round. Never empty: a scalar is (1,).
         file: The file that holds it.
         offset: Bytes from the start of the file to its first byte.
         room: Bytes from there to the next tensor, or to the end of the file.
@@ -375,12 +375,14 @@ class _Header:
         name = self._name(f"the name of tensor {i + 1} of {n}")
         what = f"tensor {shown(name)}"
         n_dims = self._number("I", f"the number of dimensions of {what}")
-        if not 1 <= n_dims <= _MOST_DIMENSIONS:
-            self._refuse(f"{what} has {n_dims} dimensions", f"1 to {_MOST_DIMENSIONS}")
+        if n_dims > _MOST_DIMENSIONS:
+            self._refuse(f"{what} has {n_dims} dimensions", f"at most {_MOST_DIMENSIONS}")
         dims = [self._number("Q", f"the shape of {what}") for _ in range(n_dims)]
         type_id = self._number("I", f"the type of {what}")
         offset = self._number("Q", f"the offset of {what}")
-        return _Info(name, type_id, tuple(reversed(dims)), offset)
+        # A scalar has none in files of gguf-py, such as the scales of TL1 and TL2; to ggml it is
+        # one weight in one dimension.
+        return _Info(name, type_id, tuple(reversed(dims)) or (1,), offset)
 
 
 def _locate(
