@@ -66,7 +66,7 @@ class Seed:
 def read_gguf(path: Path) -> None:
     file = open_gguf(path)
     types = resolve_types(
-        file, GgmlOptions(tiles={(64, 256): (64, 64, 32), (32, 288): (32, 96, 32)})
+        file, GgmlOptions(tl_tiles={(64, 256): (64, 64, 32), (32, 288): (32, 96, 32)})
     )
     mapper = Mapper()
     for name, tensor in file.tensors.items():

@@ -565,7 +565,7 @@ def test_tiles_round_trip(
 ) -> None:
     trits = np.random.default_rng(0).integers(-1, 2, shape, np.int8)
     stored = Stored(type_id, shape, encode(trits, 0.75, tile))
-    file, types = opened(tmp_path / "a.gguf", {"w": stored}, GgmlOptions(tiles={shape: tile}))
+    file, types = opened(tmp_path / "a.gguf", {"w": stored}, GgmlOptions(tl_tiles={shape: tile}))
     np.testing.assert_array_equal(read_trits(file.tensors["w"], types["w"]), trits, strict=True)
     assert read_scales(file.tensors["w"], types["w"]).tolist() == [0.75]
 
@@ -586,7 +586,7 @@ def test_scales_apart_from_tiles(
     """As bitnet.cpp's converter writes them: no tail, but a scalar tensor behind each matrix."""
     trits = np.random.default_rng(0).integers(-1, 2, shape, np.int8)
     matrix = Stored(type_id, shape, encode(trits, 0, tile)[:-32])
-    options = GgmlOptions(tiles={shape: tile})
+    options = GgmlOptions(tl_tiles={shape: tile})
     scales = {f"w{i}.weight": np.float32(i + 0.5) for i in range(2)}
     tensors = {}
     for name, scale in scales.items():
@@ -751,14 +751,16 @@ def test_types_that_are_refused(tmp_path: Path, tensors: dict[str, Stored], mess
 def test_tiles_that_do_not_fit(tmp_path: Path, type_id: int, shape: Any, tile: Any) -> None:
     type_ = GgmlType(f"TL{type_id - 37}", "ternary", 4, 1, tail_bytes=32)
     tensors = {"w": filled(type_id, shape, type_.n_bytes(shape)), **ONE}
-    options = GgmlOptions(tiles={shape: tile})
-    with pytest.raises(ValueError, match=r"tensor w has type TL\d.*its tile is .*the option tiles"):
+    options = GgmlOptions(tl_tiles={shape: tile})
+    with pytest.raises(
+        ValueError, match=r"tensor w has type TL\d.*its tile is .*the option tl_tiles"
+    ):
         opened(tmp_path / "a.gguf", tensors, options)
 
 
 def test_options_that_are_wrong(tmp_path: Path) -> None:
-    options: Any = GgmlOptions(i2_s_layout="neon")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"i2_s_layout is 'neon'; wanted one of x86, arm, rows4"):
+    options: Any = GgmlOptions(i2s_layout="neon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"i2s_layout is 'neon'; wanted one of x86, arm, rows4"):
         opened(tmp_path / "a.gguf", ONE, options)
     tensors = {"w": filled(36, (6, 128), 224)}
     with pytest.raises(ValueError, match=r"tensor w has 6 rows; wanted a multiple of 4 for I2_S"):
@@ -830,7 +832,7 @@ def test_the_one_scale_of_a_matrix_is_positive(tmp_path: Path, type_id: int, val
         38: lambda: ggufs.tl1(trits, value, tile),
         39: lambda: ggufs.tl2(trits, value, tile),
     }[type_id]()
-    options = GgmlOptions(tiles={trits.shape: tile})
+    options = GgmlOptions(tl_tiles={trits.shape: tile})
     file, types = opened(tmp_path / "a.gguf", {"w": Stored(type_id, trits.shape, data)}, options)
     with pytest.raises(ValueError, match=rf"w has the scale {value}; wanted a positive, finite"):
         read_scales(file.tensors["w"], types["w"])
@@ -861,7 +863,7 @@ def test_a_code_of_tiles_without_meaning(tmp_path: Path, type_id: int, at: int, 
     data = bytearray(encode(np.zeros(shape, np.int8), 1, tile))
     data[at] = byte
     stored = Stored(type_id, shape, bytes(data))
-    file, types = opened(tmp_path / "a.gguf", {"w": stored}, GgmlOptions(tiles={shape: tile}))
+    file, types = opened(tmp_path / "a.gguf", {"w": stored}, GgmlOptions(tl_tiles={shape: tile}))
     with pytest.raises(ValueError, match=r"holds a code without meaning at row 0, column \d, whi"):
         read_trits(file.tensors["w"], types["w"])
 

@@ -251,14 +251,14 @@ FORMATS: dict[str, tuple[Encoder, dict[str, Any]]] = {
     "I2_S x86": (whole(36, ggufs.i2_s), {}),
     "I2_S arm": (
         whole(36, lambda t, s: ggufs.i2_s(t, s, "arm")),
-        {"i2_s_layout": "arm"},
+        {"i2s_layout": "arm"},
     ),
     "I2_S rows4": (
         whole(36, lambda t, s: ggufs.i2_s(t, s, "rows4")),
-        {"i2_s_layout": "rows4"},
+        {"i2s_layout": "rows4"},
     ),
-    "TL1": (whole(38, lambda t, s: ggufs.tl1(t, s, TILES[t.shape])), {"tiles": TILES}),
-    "TL2": (whole(39, lambda t, s: ggufs.tl2(t, s, TL2_TILES[t.shape])), {"tiles": TL2_TILES}),
+    "TL1": (whole(38, lambda t, s: ggufs.tl1(t, s, TILES[t.shape])), {"tl_tiles": TILES}),
+    "TL2": (whole(39, lambda t, s: ggufs.tl2(t, s, TL2_TILES[t.shape])), {"tl_tiles": TL2_TILES}),
     "TQ1_0": (blocks(34, ggufs.tq1_0, 256), {}),
     "TQ2_0": (blocks(35, ggufs.tq2_0, 256), {}),
     "Q2_0": (blocks(42, ggufs.q2_0, 64), {}),
@@ -475,7 +475,7 @@ def test_gemma_windows_in_metadata(tmp_path: Path) -> None:
         head_dim=64,
         n_layers=7,
     )
-    window = {"attention.sliding_window": 40}
+    window: dict[str, Any] = {"attention.sliding_window": 40}
     path = as_gguf(written, tmp_path / "a.gguf", "gemma3", FORMATS["I2_S x86"][0], **window)
     checkpoint = open_checkpoint(path, options=FileOptions(activations="int8"))
     assert checkpoint.core_config["layer_kinds"] == "sssssfs"

@@ -20,10 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
-from bitnet_rs.jsonfile import read_object
-from bitnet_rs.loaders import Checkpoint, open_checkpoint
+from bitnet_rs.loaders import Checkpoint, FileOptions, open_checkpoint
+from bitnet_rs.loaders.families import Activations
+from bitnet_rs.loaders.ggml_types import GgmlOptions, I2sLayout
+from bitnet_rs.loaders.gguf_model import ACTIVATIONS_KEY
+from bitnet_rs.loaders.gguf_tokenizer import gguf_from_tokenizer
 from bitnet_rs.tokenizer import Tokenizer
-from bitnet_rs.writers.gguf import Value, typed
+from bitnet_rs.writers.gguf import Value, ValueType, typed
 from bitnet_rs.writers.packed import packed_config
 from bitnet_rs.writers.readback import Progress, Steps
 from bitnet_rs.writers.source import Source
@@ -94,12 +97,16 @@ def convert(
     *,
     overwrite: bool = False,
     revision: str | None = None,
+    activations: Activations | None = None,
+    masters: bool = False,
+    i2s_layout: I2sLayout = "x86",
+    tl_tiles: Mapping[tuple[int, int], tuple[int, int, int]] | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Writes a checkpoint in another format.
 
     Args:
-        src: Whatever `load` takes: `demo`, a folder, or a hub id.
+        src: Whatever `load` takes: `demo`, a folder, a GGUF file, or a hub id.
         dst: A file whose name ends in `.gguf`, or a folder for `safetensors-packed`. Nothing is
             under this name before it is whole and checked.
         to: `gguf-i2_s` (for bitnet.cpp, 2 bits a weight), `gguf-tq2_0` or `gguf-tq1_0` (for
@@ -107,6 +114,11 @@ def convert(
         overwrite: Replace what is there. A folder is replaced only if it is a checkpoint and
             nothing else.
         revision: Branch, tag or commit of a hub id.
+        activations: What the source does not say about itself, as for `load`; so are the next
+            three. It is written down in the new file.
+        masters: As for `load`.
+        i2s_layout: As for `load`.
+        tl_tiles: As for `load`.
         progress: Called with the bytes that are done, those in all, and the tensor at hand. Bytes
             count when they are written and again when they are checked.
 
@@ -125,18 +137,22 @@ def convert(
     if to not in get_args(Target):
         raise ValueError(f"to is {to!r}; wanted one of {', '.join(get_args(Target))}")
     path = _destination(dst, to, overwrite=overwrite)
-    checkpoint = open_checkpoint(src, revision=revision)
+    options = FileOptions(
+        activations=activations,
+        masters=masters,
+        ggml=GgmlOptions(i2s_layout=i2s_layout, tl_tiles=dict(tl_tiles or {})),
+    )
+    checkpoint = open_checkpoint(src, revision=revision, options=options)
     _keep_apart(checkpoint.path, path)
     source = Source(checkpoint.weights, checkpoint.core_config)
     job: GgufJob | PackedJob
     if to == _PACKED:
-        files = _files(checkpoint)
+        files, notes = _files(checkpoint)
         job = PackedJob(source, files)
-        notes: tuple[str, ...] = ()
-        if not {"tokenizer.json", "tokenizer.model"} & set(files):
-            notes = (f"without a tokenizer, since {checkpoint.path} has none",)
     else:
         metadata, notes = _tokenizer_metadata(checkpoint)
+        stated = str(checkpoint.core_config["activations"])
+        metadata[ACTIVATIONS_KEY] = Value(ValueType.STRING, stated)
         job = GgufJob(source, ENCODINGS[to], _shown_name(checkpoint), metadata)
     if source.has_masters:
         notes += ("masters were quantized as they are at load; to train on, keep the source",)
@@ -238,16 +254,34 @@ def _check_space(path: Path, n_bytes: int) -> None:
 # --- what goes with the weights ------------------------------------------------------------------
 
 
-def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Config and tokenizer of packed safetensors, by file name."""
+def _files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Config and tokenizer of packed safetensors, by file name; and notes."""
     config = packed_config(checkpoint.config, checkpoint.core_config)
     files = {"config.json": _json(config)}
     if checkpoint.generation_config:
         files["generation_config.json"] = _json(checkpoint.generation_config)
-    for name in _TOKENIZER_FILES:
-        if (checkpoint.path / name).is_file():
-            files[name] = (checkpoint.path / name).read_bytes()
-    return files
+    notes: tuple[str, ...] = ()
+    if checkpoint.core_config["activations"] == "float":
+        notes += ("transformers would quantize the activations of this model to int8",)
+    if checkpoint.gguf_metadata is None:
+        for name in _TOKENIZER_FILES:
+            if (checkpoint.path / name).is_file():
+                files[name] = (checkpoint.path / name).read_bytes()
+        if not {"tokenizer.json", "tokenizer.model"} & set(files):
+            notes += (f"without a tokenizer, since {checkpoint.path} has none",)
+        return files, notes
+    try:
+        tokenizer = Tokenizer.of(checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        return files, (*notes, f"without a tokenizer: {error}")
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **tokenizer.special_tokens,
+        "chat_template": tokenizer.chat_template,
+    }
+    files["tokenizer.json"] = (tokenizer.to_json() + "\n").encode()
+    files["tokenizer_config.json"] = _json({k: v for k, v in fields.items() if v is not None})
+    return files, (*notes, *tokenizer.notes)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -261,20 +295,15 @@ def _shown_name(checkpoint: Checkpoint) -> str:
 
 def _tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Value], tuple[str, ...]]:
     """The tokenizer as GGUF has it; nothing, and a note, where that cannot be."""
-    file = checkpoint.path / "tokenizer.json"
     try:
-        from bitnet_rs.loaders.gguf_tokenizer import (  # type: ignore[import-not-found,unused-ignore]
-            gguf_from_tokenizer,
-        )
-
-        tokenizer = Tokenizer.from_folder(checkpoint.path)
+        tokenizer = Tokenizer.of(checkpoint)
         content = gguf_from_tokenizer(
-            read_object(file),
-            tokenizer._special_tokens,
+            json.loads(tokenizer.to_json()),
+            tokenizer.special_tokens,
             tokenizer.chat_template,
             checkpoint.core_config["vocab_size"],
-            str(file),
+            str(checkpoint.path),
         )
-    except (ImportError, FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         return {}, (f"without a tokenizer, so that other programs cannot run it: {error}",)
-    return {key: typed(value, key) for key, value in content.items()}, ()
+    return {key: typed(value, key) for key, value in content.items()}, tokenizer.notes

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitnet_rs.jsonfile import read_object
-from bitnet_rs.loaders import Checkpoint, FileOptions, open_checkpoint
+from bitnet_rs.loaders import FileOptions, open_checkpoint
 from bitnet_rs.loaders.hub import locate
+from bitnet_rs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from bitnet_rs.loaders.gguf import GgufFile
-    from bitnet_rs.tokenizer import Tokenizer
 
 # What any of the readers may raise about a file.
 _REFUSALS = (ValueError, LookupError, OSError, RuntimeError)
@@ -112,7 +112,7 @@ def inspect(
         return Inspection(name, str(path), **facts, refused=_message(error))
     notes = checkpoint.notes
     try:
-        tokenizer = _tokenizer(checkpoint)
+        tokenizer = Tokenizer.of(checkpoint)
     except FileNotFoundError:
         facts |= {"tokenizer": "none; only logits() and core.forward() work, on token ids"}
     except _REFUSALS as error:
@@ -135,12 +135,6 @@ def inspect(
         embedding=checkpoint.embedding,
         notes=notes,
     )
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    from bitnet_rs.model import open_tokenizer
-
-    return open_tokenizer(checkpoint)
 
 
 def _message(error: Exception) -> str:

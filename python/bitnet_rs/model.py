@@ -91,13 +91,13 @@ def load(
     options = FileOptions(
         activations=activations,
         masters=masters,
-        ggml=GgmlOptions(i2_s_layout=i2s_layout, tiles=dict(tl_tiles or {})),
+        ggml=GgmlOptions(i2s_layout=i2s_layout, tl_tiles=dict(tl_tiles or {})),
     )
     checkpoint = open_checkpoint(source, revision=revision, options=options)
     # A checkpoint without a tokenizer is of use for ids, speed and checks; what needs text says so.
     tokenizer: Tokenizer | FileNotFoundError
     try:
-        tokenizer = open_tokenizer(checkpoint)
+        tokenizer = Tokenizer.of(checkpoint)
     except FileNotFoundError as error:
         tokenizer = error.with_traceback(None)
     defaults = Defaults.of(checkpoint, tokenizer if isinstance(tokenizer, Tokenizer) else None)
@@ -113,18 +113,6 @@ def load(
     return Model(
         checkpoint, core, tokenizer, defaults, choice=choice, kv_dtype=kv_dtype, context=context
     )
-
-
-def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer of a checkpoint: in its folder, or in its GGUF file.
-
-    Raises:
-        FileNotFoundError: It has none.
-        ValueError: It is of a kind that is not supported, or damaged.
-    """
-    if checkpoint.gguf_metadata is not None:
-        return Tokenizer.from_gguf(checkpoint.gguf_metadata, str(checkpoint.path))
-    return Tokenizer.from_folder(checkpoint.path)
 
 
 class Model:
@@ -469,17 +457,19 @@ class Model:
                 "microsoft/bitnet-embedding-0.6b; use generate() or logits()"
             )
         if isinstance(text, str):
-            return self._embed([self._prompt(text, "text")])[0]
+            one: NDArray[np.float32] = self._embed([self._prompt(text, "text")])[0]
+            return one
         ids = []
-        for i, one in enumerate(check_iterable("text", text, "a str, or a list of them")):
-            if not isinstance(one, str):
-                raise TypeError(f"text[{i}] is a {type(one).__name__}; wanted a str")
-            ids.append(self._prompt(one, f"text[{i}]"))
+        for i, each in enumerate(check_iterable("text", text, "a str, or a list of them")):
+            if not isinstance(each, str):
+                raise TypeError(f"text[{i}] is a {type(each).__name__}; wanted a str")
+            ids.append(self._prompt(each, f"text[{i}]"))
         return self._embed(ids)
 
     def _embed(self, texts: list[NDArray[np.uint32]]) -> NDArray[np.float32]:
         """Embeddings of token ids: passes of so many tokens as a prompt's chunks have."""
         core = self.core
+        out: NDArray[np.float32]
         out = np.empty((len(texts), int(self.facts["hidden_size"])), np.float32)
         for i, ids in enumerate(texts):
             if len(ids) > self.context_length:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import jinja2
     import tokenizers
 
+    from bitnet_rs.loaders import Checkpoint
     from bitnet_rs.loaders.tokenizer_json import AddedToken, TokenizerFiles
 
 _T = TypeVar("_T")
@@ -136,6 +137,18 @@ class Tokenizer:
         ends = dict.fromkeys([*_END_OF_TURN, *([named] if named else [])])
         turns = (self.token_id(token) for token in ends)
         self.end_of_turn_ids = tuple(i for i in turns if i is not None and self.is_special(i))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Tokenizer:
+        """Opens the tokenizer of a checkpoint: in its folder, or in its GGUF file.
+
+        Raises:
+            FileNotFoundError: It has none.
+            ValueError: It is of a kind that is not supported, or damaged.
+        """
+        if checkpoint.gguf_metadata is not None:
+            return cls.from_gguf(checkpoint.gguf_metadata, str(checkpoint.path))
+        return cls.from_folder(checkpoint.path)
 
     @classmethod
     def from_folder(cls, path: Path) -> Tokenizer:

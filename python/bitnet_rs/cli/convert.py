@@ -22,7 +22,7 @@ _SHOWN: Final = 5
 
 
 def convert(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, hub id, or demo.")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Folder, GGUF file, hub id, or demo.")],
     dst: Annotated[
         Path,
         typer.Argument(metavar="DST", help="A .gguf file, or a folder for safetensors-packed."),
@@ -40,6 +40,10 @@ def convert(
     ] = False,
     json: common.Json = False,
     revision: common.Revision = None,
+    activations: common.ActivationsOption = None,
+    masters: common.Masters = False,
+    i2s_layout: common.I2sLayout = "x86",
+    tl_tiles: common.TlTiles = None,
 ) -> None:
     """Write a checkpoint in another format, and check it bit for bit.
 
@@ -48,7 +52,15 @@ def convert(
     from bitnet_rs.convert import convert as run
 
     with _bar(f"Writing {dst.name}") as progress:
-        report = run(src, dst, to, overwrite=overwrite, revision=revision, progress=progress)
+        report = run(
+            src,
+            dst,
+            to,
+            overwrite=overwrite,
+            revision=revision,
+            progress=progress,
+            **common.file_arguments(activations, masters, i2s_layout, tl_tiles),
+        )
     if json:
         common.print_json(report.to_dict())
     else:

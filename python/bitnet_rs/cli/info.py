@@ -95,7 +95,7 @@ def _inspect(model: str, revision: str | None, arguments: common.FileArguments) 
     options = FileOptions(
         activations=arguments["activations"],
         masters=arguments["masters"],
-        ggml=GgmlOptions(i2_s_layout=arguments["i2s_layout"], tiles=arguments["tl_tiles"]),
+        ggml=GgmlOptions(i2s_layout=arguments["i2s_layout"], tl_tiles=arguments["tl_tiles"]),
     )
     return inspect(model, revision=revision, options=options)
 

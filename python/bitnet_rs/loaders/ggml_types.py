@@ -80,15 +80,15 @@ class GgmlOptions:
     """What no GGUF file says about itself.
 
     Attributes:
-        i2_s_layout: Where I2_S puts weights follows from the machine that wrote the file: `x86`
+        i2s_layout: Where I2_S puts weights follows from the machine that wrote the file: `x86`
             (groups of 128, as in all published files), `arm` (groups of 64), or `rows4` (x86
             without ACT_PARALLEL, four rows interleaved).
-        tiles: Tiles that the writer of a TL1 or TL2 file was compiled with, (BM, BK, bm) by
+        tl_tiles: Tiles that the writer of a TL1 or TL2 file was compiled with, (BM, BK, bm) by
             (rows, cols): bitnet.cpp's `include/kernel_config.ini` has them.
     """
 
-    i2_s_layout: I2sLayout = "x86"
-    tiles: Mapping[tuple[int, int], Tile] = field(default_factory=dict)
+    i2s_layout: I2sLayout = "x86"
+    tl_tiles: Mapping[tuple[int, int], Tile] = field(default_factory=dict)
 
 
 def _ternary(name: str, block: int, block_bytes: int, **more: Any) -> GgmlType:
@@ -181,9 +181,9 @@ def resolve_types(file: GgufFile, options: GgmlOptions | None = None) -> Mapping
             little room, or a shape that its type cannot have.
     """
     options = options or GgmlOptions()
-    if options.i2_s_layout not in I2S_LAYOUTS:
+    if options.i2s_layout not in I2S_LAYOUTS:
         raise ValueError(
-            f"i2_s_layout is {options.i2_s_layout!r}; wanted one of {', '.join(I2S_LAYOUTS)}"
+            f"i2s_layout is {options.i2s_layout!r}; wanted one of {', '.join(I2S_LAYOUTS)}"
         )
     by_id: dict[int, list[GgufTensor]] = {}
     for tensor in file.tensors.values():
@@ -280,9 +280,9 @@ def _as_stored(
     if shape[-1] % type_.block:
         _refuse(tensor, f"has {shape[-1]} columns", f"a multiple of {type_.block} for {type_.name}")
     if type_.name == "I2_S":
-        type_ = replace(type_, layout=_checked_layout(tensor, options.i2_s_layout))
+        type_ = replace(type_, layout=_checked_layout(tensor, options.i2s_layout))
     elif type_.name in ("TL1", "TL2"):
-        tile = _checked_tile(tensor, type_, options.tiles)
+        tile = _checked_tile(tensor, type_, options.tl_tiles)
         scale = file.tensors[f"{tensor.name}_scale"] if _has_scale_apart(type_) else None
         if scale is not None and (scale.type_id, math.prod(scale.shape)) != (0, 1):
             _refuse(scale, f"has type id {scale.type_id} and shape {list(scale.shape)}", "one F32")
@@ -325,13 +325,15 @@ def _checked_tile(tensor: GgufTensor, type_: GgmlType, tiles: Mapping[Any, Tile]
         _refuse(
             tensor,
             f"{where}, and its tiles are not known",
-            f"an option tiles with {{({rows}, {cols}): (BM, BK, bm), ...}}",
+            f"the option tl_tiles (--tl-tiles) with {{({rows}, {cols}): (BM, BK, bm), ...}}",
             "bitnet.cpp's include/kernel_config.ini of the build that wrote the file has them; or "
             "use an I2_S file of the same model",
         )
     where += f"; its tile is {tile!r}"
     if len(tile) != 3 or not all(type(n) is int and n > 0 for n in tile):
-        _refuse(tensor, where, "three positive integers (BM, BK, bm)", "correct the option tiles")
+        _refuse(
+            tensor, where, "three positive integers (BM, BK, bm)", "correct the option tl_tiles"
+        )
     high, wide, low = tile
     if type_.name == "TL1":
         # Blocks are 16 rows at least, and 4 columns.
@@ -349,7 +351,7 @@ def _checked_tile(tensor: GgufTensor, type_: GgmlType, tiles: Mapping[Any, Tile]
         wanted = "bm 32, BM a multiple of 32 that divides the rows, BK one of 24 that leaves a "
         wanted += "multiple of 32 of at least 256 columns, at most 256"
     if not good:
-        _refuse(tensor, where, wanted, "correct the option tiles")
+        _refuse(tensor, where, wanted, "correct the option tl_tiles")
     return high, wide, low
 
 

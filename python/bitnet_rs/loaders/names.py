@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,8 @@ _ALIASES: Final = {
     "self_attn.inner_attn_ln.weight": "self_attn.attn_sub_norm.weight",
     "mlp.ffn_layernorm.weight": "mlp.ffn_sub_norm.weight",
 }
+# What this package's own `convert` adds to config.json where activations are not int8.
+ACTIVATIONS_FIELD: Final = "bitnet_rs_activations"
 # A constant of RoPE that old checkpoints store; it follows from config.json.
 _DERIVED: Final = "rotary_emb.inv_freq"
 _EMBEDDING: Final = "model.embed_tokens.weight"
@@ -116,9 +118,15 @@ def weight_form(
             "projections are not supported, so only false runs correctly"
         )
     _refuse_unconverted(quantization.get("modules_to_not_convert"), where)
+    activations = config.get(ACTIVATIONS_FIELD, "int8")
+    if activations not in get_args(Activations):
+        raise ValueError(
+            f"{where}: field `{ACTIVATIONS_FIELD}` is {activations!r}; wanted 'int8' or 'float'"
+        )
     if linear_class == "bitlinear":
-        return Form("packed", divides=True)  # transformers ignores the mode here
-    return Form("packed" if mode == "offline" else "masters")
+        # transformers ignores the mode here.
+        return Form("packed", divides=True, activations=activations)
+    return Form("packed" if mode == "offline" else "masters", activations=activations)
 
 
 def _undeclared_form(
@@ -350,7 +358,7 @@ def canonical_weights(
         arch, dims.n_layers, head=not tied, projection_norms=_PROJECTION_NORM in on_disk
     )
     for name, kind, axes in expected:
-        plus_one = arch == "gemma3_text" and kind == "norm" and not name.endswith(_PROJECTION_NORMS)
+        plus_one = kind == "norm" and stored_less_one(name, arch)
         stored: Kind = form.kind if kind == "projection" else kind
         _add(entries, on_disk, _Entry(_MISSING, stored, dims.shape(axes), plus_one), name, folder)
         _check_header(entries[name], axes, dims, where)
@@ -369,7 +377,12 @@ def canonical_weights(
     return Found(Weights(entries, form, folder), arch, tied, form, embedding)
 
 
-_PROJECTION_NORMS: Final = "_proj.norm.weight"
+def stored_less_one(name: str, arch: str) -> bool:
+    """Whether a norm's weight is stored as what it multiplies by less one: Gemma's own norms."""
+    own = name.endswith("norm.weight") and not name.endswith("_proj.norm.weight")
+    return arch == "gemma3_text" and own
+
+
 _MISSING: Final = TensorInfo("", "", (), Path(), 0, 0)
 
 

@@ -49,6 +49,7 @@ _ARCHES: Final[Mapping[tuple[str, str], Arch]] = {
     ("bitnet", "silu"): Arch("bitnet", tied=True),
     ("llama", "silu"): Arch("llama", permuted=True),
     ("qwen3", "silu"): Arch("qwen3", head_sizes=True),
+    ("gemma3_text", "gelu_pytorch_tanh"): Arch("gemma3", head_sizes=True),
 }
 
 _OUTSIDE: Final = {
@@ -72,6 +73,13 @@ _IN_LAYER: Final = {
     "mlp.down_proj": "ffn_down",
 }
 
+_IN_GEMMA_LAYER: Final = {
+    **_IN_LAYER,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
 # ggml types of floats as the loaders hand them on; bfloat16 travels as uint16.
 FLOAT_TYPES: Final = {"float32": 0, "float16": 1, "uint16": 30}
 
@@ -90,14 +98,20 @@ def arch_of(core_config: Mapping[str, Any]) -> Arch:
             f"architecture for this model is known here; known: {known}. It can be written as "
             "safetensors-packed"
         )
+    if "s" in core_config.get("layer_kinds", ""):
+        raise ValueError(
+            "config.json: field `layer_types` has sliding windows, whose pattern GGUF files do not "
+            "state in full; this model can be written as safetensors-packed"
+        )
     return _ARCHES[key]
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: Arch) -> str:
     """The name of a tensor in GGUF.
 
     Args:
         name: The canonical one, such as `model.layers.0.self_attn.q_proj.weight`.
+        arch: The architecture.
 
     Raises:
         ValueError: GGUF has none.
@@ -107,10 +121,11 @@ def gguf_name(name: str) -> str:
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(_proj\.norm)?\.weight", name)
     if found:
         layer, part, normed = found.groups()
-        if normed and f"{part}_proj" in _IN_LAYER:
-            return f"blk.{layer}.{_IN_LAYER[f'{part}_proj']}_norm_in.weight"
-        if not normed and part in _IN_LAYER:
-            return f"blk.{layer}.{_IN_LAYER[part]}.weight"
+        parts = _IN_GEMMA_LAYER if arch.name == "gemma3" else _IN_LAYER
+        if normed and f"{part}_proj" in parts:
+            return f"blk.{layer}.{parts[f'{part}_proj']}_norm_in.weight"
+        if not normed and part in parts:
+            return f"blk.{layer}.{parts[part]}.weight"
     raise ValueError(
         f"tensor {name} has no name in GGUF; this model can be written as safetensors-packed"
     )

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_rs.loaders.names import ACTIVATIONS_FIELD
 from bitnet_rs.writers.layout import Layout, Slot
 
 # safetensors' own limit for the JSON header.
@@ -120,6 +121,8 @@ def packed_config(config: Mapping[str, Any], core_config: Mapping[str, Any]) -> 
     arch = core_config["model_type"]
     if arch in _CLASSES:
         kept |= {"architectures": [_CLASSES[arch]], "model_type": arch}
+    if core_config["activations"] != "int8":
+        kept[ACTIVATIONS_FIELD] = core_config["activations"]
     return kept | {
         "tie_word_embeddings": core_config["tie_word_embeddings"],
         "quantization_config": {

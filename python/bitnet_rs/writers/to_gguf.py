@@ -136,7 +136,7 @@ class GgufJob:
             self._check(file, path, written, steps)
 
     def _part(self, tensor: Matrix | Float) -> _Part:
-        name = gguf_name(tensor.name)
+        name = gguf_name(tensor.name, self._arch)
         if isinstance(tensor, Float):
             return _Part(tensor, name)
         scale_name = None

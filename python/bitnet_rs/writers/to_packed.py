@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_rs.loaders import open_checkpoint
+from bitnet_rs.loaders.names import stored_less_one
 from bitnet_rs.loaders.safetensors import SINGLE_FILE
 from bitnet_rs.writers import packed
 from bitnet_rs.writers.atomic import new_folder, sync
@@ -95,6 +96,9 @@ class PackedJob:
             if isinstance(tensor, Float):
                 array = self._source.read_floats(tensor)
                 written[tensor.name] = digest_of(array), None
+                if stored_less_one(tensor.name, self._source.config["model_type"]):
+                    # The difference is exact, and so is its sum with one.
+                    array = array - np.float32(1)
                 writer.write(tensor.name, [array])
             else:
                 trits, scale = self._source.read_trits(tensor)
