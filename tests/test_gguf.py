@@ -714,6 +714,8 @@ REFUSED = [
     ({"w": filled(36, SHAPE, N // 4)}, r"type id 36, shape .* and 8192 bytes .*wanted 8224 for I2"),
     ({"w": filled(35, SHAPE, 64)}, r"w has shape .*which is 32768 weights, in 64 bytes"),
     ({"w": filled(35, SHAPE, 8192)}, r"has 8192 bytes up to .*; wanted 8448 for TQ2_0 of shape"),
+    ({"w": filled(43, SHAPE, N // 2), **ONE}, r"has 16384 bytes up .*; wanted 5376 for STQ1_0 of"),
+    ({"w": filled(41, SHAPE, N // 2), **ONE}, r"has 16384 bytes up .*; wanted 4608 for Q1_0 of sh"),
     ({"w": filled(0, SHAPE, 8192)}, r"has 8192 bytes up to the next .*; wanted 131072 for F32"),
     ({"w": filled(35, (4, 128), 264)}, r"w has 128 columns; wanted a multiple of 256 for TQ2_0"),
     ({"w": filled(8, (4, 48), 264)}, r"w has 48 columns; wanted a multiple of 32 for Q8_0"),
