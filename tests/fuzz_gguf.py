@@ -44,6 +44,8 @@ EXTREMES = [
     *(0, 1, 2, 3, 7, 8, 9, 13, 31, 33, 255, 256, 65535, 65536),
     *(2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1),
 ]
+# Infinities and a NaN, of float16 and of float32, and the codes that are no trits.
+SPECIAL = [b"\x00\x7c", b"\x00\xfc", b"\x01\x7e", b"\x00\x00\x80\x7f", b"\xff" * 4, b"\x00" * 4]
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,20 @@ def seeds() -> list[Seed]:
             "tl2": ggufs.Stored(39, (32, 288), ggufs.tl2(trits(32, 288), 0.5, (32, 96, 32))),
         },
     )
-    names = {"tiny.gguf": tiny, "i2_s.gguf": i2_s, "blocks.gguf": blocks, "tiles.gguf": tiles}
+    apart = ggufs.gguf(
+        {"general.architecture": "bitnet"},
+        {
+            "w": ggufs.Stored(38, (64, 256), ggufs.tl1(trits(64, 256), 0, (64, 64, 32))[:-32]),
+            "w_scale": ggufs.Stored(0, (), np.array([0.5], "<f4").tobytes()),
+        },
+    )
+    names = {
+        "tiny.gguf": tiny,
+        "apart.gguf": apart,
+        "i2_s.gguf": i2_s,
+        "blocks.gguf": blocks,
+        "tiles.gguf": tiles,
+    }
     found = [Seed(name, data, gguf_fields(data), read_gguf) for name, data in names.items()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -249,7 +264,8 @@ def mutated(data: bytes, seed: Seed, found: list[Seed], rng: random.Random) -> b
         value = rng.choice([*EXTREMES, around + 1, around - 1, 2 * around, rng.getrandbits(64)])
         return set_number(data, field_at, size, value)
     if kind == 1:
-        return data[:at] + rng.randbytes(rng.choice([1, 1, 2, 4, 8])) + data[at + 1 :]
+        new = rng.choice([*SPECIAL, *(rng.randbytes(n) for n in (1, 1, 2, 4, 8))])
+        return data[:at] + new + data[at + len(new) :]
     if kind == 2:
         return data[:at]
     if kind == 3:

@@ -610,7 +610,7 @@ def test_scales_apart_from_tiles(
 @pytest.mark.parametrize("name", ["I2_S", "TQ1_0", "TQ2_0", "IQ1_BN", "IQ2_BN_R4", "Q2_0"])
 def test_many_chunks_and_their_memory(tmp_path: Path, name: str) -> None:
     """More weights than are unpacked at once; temporaries are no larger than the result."""
-    rows, cols = 640, 2560
+    rows, cols = 1200, 2560
     rng = np.random.default_rng(0)
     few = random_trits(name, rng, 4, cols)
     trits = np.tile(few, (rows // 4, 1))
@@ -714,6 +714,8 @@ REFUSED = [
     ({"w": filled(36, SHAPE, N // 4)}, r"type id 36, shape .* and 8192 bytes .*wanted 8224 for I2"),
     ({"w": filled(35, SHAPE, 64)}, r"w has shape .*which is 32768 weights, in 64 bytes"),
     ({"w": filled(35, SHAPE, 8192)}, r"has 8192 bytes up to .*; wanted 8448 for TQ2_0 of shape"),
+    ({"w": filled(43, SHAPE, N // 2), **ONE}, r"has 16384 bytes up .*; wanted 5376 for STQ1_0 of"),
+    ({"w": filled(41, SHAPE, N // 2), **ONE}, r"has 16384 bytes up .*; wanted 4608 for Q1_0 of sh"),
     ({"w": filled(0, SHAPE, 8192)}, r"has 8192 bytes up to the next .*; wanted 131072 for F32"),
     ({"w": filled(35, (4, 128), 264)}, r"w has 128 columns; wanted a multiple of 256 for TQ2_0"),
     ({"w": filled(8, (4, 48), 264)}, r"w has 48 columns; wanted a multiple of 32 for Q8_0"),
@@ -840,17 +842,17 @@ def test_the_one_scale_of_a_matrix_is_positive(tmp_path: Path, type_id: int, val
 
 @pytest.mark.parametrize("name", ["I2_S", "TQ2_0", "Q2_0", "IQ2_BN", "IQ2_BN_R4"])
 def test_a_code_that_is_no_trit(tmp_path: Path, name: str) -> None:
-    trits = np.zeros((600, 256), np.int8)  # more than one chunk
-    trits[517, 130] = 2
+    trits = np.zeros((2600, 256), np.int8)  # more than one chunk
+    trits[2517, 130] = 2
     if name == "I2_S":
         data = ggufs.i2_s(trits, 1)
         file, types = opened(tmp_path / "a.gguf", {"w": Stored(36, trits.shape, data)})
         tensor, type_ = file.tensors["w"], types["w"]
     else:
         groups = BLOCKS[name][2]
-        scales = np.ones((600, 256 // groups if groups else 1))
+        scales = np.ones((2600, 256 // groups if groups else 1))
         tensor, type_ = scaled(tmp_path / "a.gguf", name, scales, trits)
-    message = rf"a\.gguf: tensor w of type {name} holds code 3 at row 517, column 130, which is no"
+    message = rf"a\.gguf: tensor w of type {name} holds code 3 at row 2517, column 130, which is no"
     with pytest.raises(ValueError, match=message):
         read_trits(tensor, type_)
 

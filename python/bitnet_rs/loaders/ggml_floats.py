@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Weights that are dequantized at once, as `ggml_trits._AT_ONCE`; these temporaries are wider.
-_AT_ONCE: Final = 1 << 15
+# Weights that are dequantized at once; see `ggml_trits._AT_ONCE`. These temporaries are wider.
+_AT_ONCE: Final = 1 << 18
 
 
 def _half(blocks: Bytes, at: int) -> Floats:

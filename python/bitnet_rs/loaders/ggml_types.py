@@ -162,7 +162,7 @@ _SUPPORTED: Final = ", ".join(
 
 
 def resolve_types(file: GgufFile, options: GgmlOptions | None = None) -> Mapping[str, GgmlType]:
-    """Finds out which type each tensor has, and that it has room for its bytes.
+    """Finds out which type each tensor has, and that its bytes fill its room.
 
     Several ids mean different types in llama.cpp and its forks. The room of all tensors with an id
     tells them apart, except that of the last one of a file, which may be followed by anything;
@@ -177,8 +177,8 @@ def resolve_types(file: GgufFile, options: GgmlOptions | None = None) -> Mapping
         A supported type by the name of each tensor.
 
     Raises:
-        ValueError: A type is not supported, or cannot be told for certain, or a tensor has too
-            little room, or a shape that its type cannot have.
+        ValueError: A type is not supported, or cannot be told for certain, or a tensor has not the
+            room that it takes, or a shape that its type cannot have.
     """
     options = options or GgmlOptions()
     if options.i2s_layout not in I2S_LAYOUTS:
@@ -191,7 +191,7 @@ def resolve_types(file: GgufFile, options: GgmlOptions | None = None) -> Mapping
     last = _last_tensors(file)
     chosen = {type_id: _choose(file, type_id, tensors, last) for type_id, tensors in by_id.items()}
     return {
-        name: _as_stored(tensor, chosen[tensor.type_id], file, options)
+        name: _as_stored(tensor, chosen[tensor.type_id], file, last, options)
         for name, tensor in file.tensors.items()
     }
 
@@ -233,6 +233,10 @@ def _choose(file: GgufFile, type_id: int, tensors: list[GgufTensor], last: set[s
 
 
 def _fits(type_: GgmlType, tensor: GgufTensor, file: GgufFile, last: set[str]) -> bool:
+    """Whether a tensor may have a type, by its shape and its room.
+
+    Too much room is refused, too, as ggml does: it may be another fork's type with the same id.
+    """
     if tensor.shape[-1] % type_.block:
         return False
     if _has_scale_apart(type_) and f"{tensor.name}_scale" not in file.tensors:
@@ -269,7 +273,11 @@ def _by_metadata(file: GgufFile, candidates: tuple[GgmlType, ...]) -> tuple[Ggml
 
 
 def _as_stored(
-    tensor: GgufTensor, type_: GgmlType, file: GgufFile, options: GgmlOptions
+    tensor: GgufTensor,
+    type_: GgmlType,
+    file: GgufFile,
+    last: set[str],
+    options: GgmlOptions,
 ) -> GgmlType:
     """Checks a tensor against its type; adds layout, tile and the tensor of the scale."""
     shape = tensor.shape
@@ -289,12 +297,12 @@ def _as_stored(
         type_ = replace(type_, tile=tile, scale=scale)
     elif type_.name == "IQ2_BN_R4" and shape[0] % 4:
         _refuse(tensor, f"has {shape[0]} rows", "a multiple of 4 for IQ2_BN_R4")
-    n_bytes = type_.n_bytes(shape)
-    if n_bytes > tensor.room:
+    if not _fits(type_, tensor, file, last):
         _refuse(
             tensor,
             f"has {tensor.room} bytes up to the next tensor or the end of the file",
-            f"{n_bytes} for {type_.name} of shape {list(shape)}",
+            f"{type_.n_bytes(shape)} for {type_.name} of shape {list(shape)}, and padding to a "
+            f"multiple of {file.alignment}",
         )
     return type_
 
