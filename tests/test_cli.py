@@ -193,7 +193,7 @@ def test_no_arguments_show_the_help(here: Here) -> None:
     [
         (["generate", "no/such-model", "a"], "no/such-model"),
         (["generate", "no such model", "a"], "no such model"),
-        (["info", "model.gguf"], "GGUF"),
+        (["info", "model.gguf"], "no folder or file"),
         (["info", str(DATA)], "config.json"),
         (["generate", "demo", "a " * 600], "context"),
         (["generate", ""], "empty"),
