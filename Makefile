@@ -43,7 +43,7 @@ test-x86-levels: rust  ## The Rust tests on emulated older x86-64 processors (ne
 test-avx512-emulated: rust  ## The Rust tests on an emulated PC with AVX-512 (needs Debian 12)
 	tools/test-avx512-emulated.sh
 
-fuzz: $(CORE)  ## Read 200,000 damaged GGUF and safetensors files: each loads or fails clearly (10 minutes)
+fuzz: $(CORE)  ## Read 200,000 damaged GGUF and safetensors files: each loads or fails clearly (5 minutes)
 	$(BIN)/python tests/fuzz_gguf.py 200000
 
 lint: $(CORE)  ## Formatting, clippy, rustdoc, ruff, mypy, stubtest: warnings are errors
