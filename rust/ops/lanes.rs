@@ -1,8 +1,9 @@
 //! The few instructions that the hot loops of the float half are written in:
 //! sixteen float32 lanes, loads from the stored types, one fused multiply-add,
-//! an integer dot product and a prefetch. Not a SIMD library: the loops over
-//! it (dot products of the head and of its scan, attention's scores and values, of
-//! one token and of several) need just these.
+//! an integer dot product, sums of ternary weights times floats and a prefetch. Not a
+//! SIMD library: the loops over it (dot products of the head and of its scan,
+//! attention's scores and values, of one token and of several, and the kernels of
+//! `kernels/generic/i2g.rs`) need just these.
 //!
 //! The compiler vectorizes plain loops over `[f32; 16]` well, but it keeps
 //! arrays of accumulators in memory. With values of a register type it keeps
@@ -24,6 +25,10 @@ pub(crate) trait Lanes: Copy {
     const REGISTERS: usize;
     /// Partial sums in int32, however many.
     type I: Copy;
+    /// Two-bit codes of trits, sixteen in each lane, from the lowest bits on.
+    type Codes: Copy;
+    /// What [`add_trits`](Lanes::add_trits) makes of a number.
+    type Table: Copy;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
@@ -35,6 +40,21 @@ pub(crate) trait Lanes: Copy {
     fn load_bf16(self, x: &[Bf16; LANES]) -> Self::V;
     /// `a * b + c` in each lane, rounded once.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a + b`.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c` where `a` is a trit: the product is exact, so there is one rounding
+    /// however it is computed.
+    fn add_exact(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// A word of codes for each lane.
+    fn load_codes(self, words: &[u8; 4 * LANES]) -> Self::Codes;
+    /// The codes but for the lowest of each lane.
+    fn next_codes(self, codes: Self::Codes) -> Self::Codes;
+    /// The trits of the lowest codes, as floats.
+    fn trits(self, codes: Self::Codes) -> Self::V;
+    /// `x` for [`add_trits`](Lanes::add_trits).
+    fn table(self, x: f32) -> Self::Table;
+    /// `sum + t * x` in each lane, `t` being the trit of the lowest code, `x` finite.
+    fn add_trits(self, sum: Self::V, codes: Self::Codes, x: Self::Table) -> Self::V;
     /// The lanes as an array.
     fn to_array(self, v: Self::V) -> [f32; LANES];
     /// `sum + w . p`, over all lanes: sums wrap, and so do not depend on their
@@ -61,6 +81,8 @@ impl Lanes for Portable {
     type V = [f32; LANES];
     const REGISTERS: usize = 4;
     type I = [i32; LANES];
+    type Codes = [u32; LANES];
+    type Table = f32;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -85,6 +107,59 @@ impl Lanes for Portable {
     #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    // Not `mul_add`, which is a call where there is no instruction for it.
+    #[inline(always)]
+    fn add_exact(self, a: Self::V, b: Self::V, mut c: Self::V) -> Self::V {
+        for i in 0..LANES {
+            c[i] += a[i] * b[i];
+        }
+        c
+    }
+
+    #[inline(always)]
+    fn load_codes(self, words: &[u8; 4 * LANES]) -> Self::Codes {
+        let mut out = [0; LANES];
+        for (code, bytes) in out.iter_mut().zip(words.as_chunks::<4>().0) {
+            *code = u32::from_le_bytes(*bytes);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn next_codes(self, mut codes: Self::Codes) -> Self::Codes {
+        for code in &mut codes {
+            *code >>= 2;
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn trits(self, codes: Self::Codes) -> Self::V {
+        let mut out = [0.0; LANES];
+        for i in 0..LANES {
+            out[i] = ((codes[i] & 3) as i32 - 1) as f32;
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn table(self, x: f32) -> f32 {
+        x
+    }
+
+    #[inline(always)]
+    fn add_trits(self, mut sum: Self::V, codes: Self::Codes, x: f32) -> Self::V {
+        for i in 0..LANES {
+            sum[i] += ((codes[i] & 3) as i32 - 1) as f32 * x;
+        }
+        sum
     }
 
     #[inline(always)]

@@ -13,6 +13,8 @@ impl Lanes for Avx512 {
     type V = __m512;
     const REGISTERS: usize = 1;
     type I = __m512i;
+    type Codes = __m512i;
+    type Table = __m512;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -45,6 +47,50 @@ impl Lanes for Avx512 {
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: `self` proves AVX-512 F.
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn add_exact(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        self.fma(a, b, c)
+    }
+
+    #[inline(always)]
+    fn load_codes(self, words: &[u8; 4 * LANES]) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F; the array has the 64 bytes read.
+        unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn next_codes(self, codes: __m512i) -> __m512i {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_srli_epi32::<2>(codes) }
+    }
+
+    #[inline(always)]
+    fn trits(self, codes: __m512i) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F. The lowest two bits of each lane choose.
+        unsafe { _mm512_permutevar_ps(self.table(1.0), codes) }
+    }
+
+    #[inline(always)]
+    fn table(self, x: f32) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe {
+            let signs = _mm512_broadcast_f32x4(_mm_setr_ps(-1.0, 0.0, 1.0, 0.0));
+            _mm512_mul_ps(signs, _mm512_set1_ps(x))
+        }
+    }
+
+    #[inline(always)]
+    fn add_trits(self, sum: __m512, codes: __m512i, x: __m512) -> __m512 {
+        // SAFETY: `self` proves AVX-512 F.
+        unsafe { _mm512_add_ps(sum, _mm512_permutevar_ps(x, codes)) }
     }
 
     #[inline(always)]
@@ -91,6 +137,8 @@ impl Lanes for Avx2 {
     type V = [__m256; 2];
     const REGISTERS: usize = 2;
     type I = __m256i;
+    type Codes = [__m256i; 2];
+    type Table = __m256;
 
     #[inline(always)]
     fn splat(self, x: f32) -> [__m256; 2] {
@@ -127,6 +175,57 @@ impl Lanes for Avx2 {
     fn fma(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
         // SAFETY: `self` proves FMA.
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn add_exact(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        self.fma(a, b, c)
+    }
+
+    #[inline(always)]
+    fn load_codes(self, words: &[u8; 4 * LANES]) -> [__m256i; 2] {
+        let words: *const __m256i = words.as_ptr().cast();
+        // SAFETY: `self` proves AVX; the array has the 64 bytes read.
+        unsafe { [_mm256_loadu_si256(words), _mm256_loadu_si256(words.add(1))] }
+    }
+
+    #[inline(always)]
+    fn next_codes(self, codes: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: `self` proves AVX2.
+        unsafe { [_mm256_srli_epi32::<2>(codes[0]), _mm256_srli_epi32::<2>(codes[1])] }
+    }
+
+    #[inline(always)]
+    fn trits(self, codes: [__m256i; 2]) -> [__m256; 2] {
+        let one = self.table(1.0);
+        // SAFETY: `self` proves AVX. The lowest two bits of each lane choose.
+        unsafe { [_mm256_permutevar_ps(one, codes[0]), _mm256_permutevar_ps(one, codes[1])] }
+    }
+
+    #[inline(always)]
+    fn table(self, x: f32) -> __m256 {
+        // SAFETY: `self` proves AVX.
+        unsafe {
+            let signs = _mm256_setr_ps(-1.0, 0.0, 1.0, 0.0, -1.0, 0.0, 1.0, 0.0);
+            _mm256_mul_ps(signs, _mm256_set1_ps(x))
+        }
+    }
+
+    #[inline(always)]
+    fn add_trits(self, sum: [__m256; 2], codes: [__m256i; 2], x: __m256) -> [__m256; 2] {
+        // SAFETY: `self` proves AVX.
+        unsafe {
+            [
+                _mm256_add_ps(sum[0], _mm256_permutevar_ps(x, codes[0])),
+                _mm256_add_ps(sum[1], _mm256_permutevar_ps(x, codes[1])),
+            ]
+        }
     }
 
     #[inline(always)]

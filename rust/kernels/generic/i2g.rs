@@ -19,13 +19,15 @@
 //!
 //! Sixteen rows are interleaved, word by word, in 64 bytes: lanes are rows, so
 //! that chains vectorize in any order that the definition leaves open, and one
-//! source, compiled for each instruction set, is both the definition and the fast
-//! kernel.
+//! source, over the lanes of the float half (`ops/lanes.rs`), is both the definition
+//! and the fast kernel. Inputs are finite: of one that is not, a zero weight may make
+//! zero or NaN.
 
 use std::ops::Range;
 
 use super::super::{Activations, Kernel, Layout, PackedMatrix, Prepared};
 use crate::cpu::Isa;
+use crate::ops::lanes::{LaneOp, Lanes, dispatch};
 
 /// Interleaved rows.
 pub(in super::super) const ROWS: usize = 16;
@@ -43,8 +45,11 @@ pub(in super::super) const BLOCK: usize = WORD * WORDS;
 /// Bytes of a word of all rows.
 const WORD_BYTES: usize = 4 * ROWS;
 
-/// Sixteen rows.
-type Lanes<T> = [T; ROWS];
+/// Bytes of a block of all rows.
+const BLOCK_BYTES: usize = WORDS * WORD_BYTES;
+
+/// Bytes ahead of those in use that are asked for.
+const AHEAD: usize = 4096;
 
 /// The layout.
 pub(in super::super) struct I2g;
@@ -60,7 +65,7 @@ impl Layout for I2g {
 
     /// Whole blocks: what is past the last column is zeros, in weights and inputs.
     fn group_bytes(&self, cols: usize) -> usize {
-        cols.div_ceil(BLOCK) * WORDS * WORD_BYTES
+        cols.div_ceil(BLOCK) * BLOCK_BYTES
     }
 
     fn scale_granule(&self) -> Option<usize> {
@@ -150,23 +155,36 @@ impl Kernel for Grouped {
     }
 
     fn gemm(&self, w: &PackedMatrix, rows: Range<usize>, xs: &[Prepared], ys: &mut [&mut [f32]]) {
+        dispatch(self.isa, Rows { w, rows, xs, ys });
+    }
+}
+
+/// Rows times inputs.
+struct Rows<'a, 'y> {
+    w: &'a PackedMatrix,
+    rows: Range<usize>,
+    xs: &'a [Prepared],
+    ys: &'a mut [&'y mut [f32]],
+}
+
+impl LaneOp for Rows<'_, '_> {
+    #[inline(always)]
+    fn run<L: Lanes>(self, l: L) {
+        let Self { w, rows, xs, ys } = self;
         let inputs: Vec<&[[f32; BLOCK]]> = xs.iter().map(|x| x.floats.as_chunks().0).collect();
-        let mut totals = vec![[0f32; ROWS]; xs.len()];
+        let mut totals = vec![l.splat(0.0); xs.len()];
         for first in rows.clone().step_by(ROWS) {
-            let group = w.group(first).as_chunks::<{ WORDS * WORD_BYTES }>().0;
+            let group = w.group(first).as_chunks::<BLOCK_BYTES>().0;
             let scales = Scales::of(w, first);
-            totals.fill([0.0; ROWS]);
-            self.isa.vectorize(
-                #[inline(always)]
-                || match (&inputs[..], &mut totals[..]) {
-                    ([x], [total]) => one(group, scales, x, total),
-                    (xs, totals) => several(group, scales, xs, totals),
-                },
-            );
+            totals.fill(l.splat(0.0));
+            match (&inputs[..], &mut totals[..]) {
+                ([x], [total]) => one(l, group, scales, x, total),
+                (xs, totals) => several(l, group, scales, xs, totals),
+            }
             let at = first - rows.start;
             for ((y, total), x) in ys.iter_mut().zip(&totals).zip(xs) {
                 let n = ROWS.min(y.len() - at);
-                for (y, total) in y[at..at + n].iter_mut().zip(total) {
+                for (y, total) in y[at..at + n].iter_mut().zip(l.to_array(*total)) {
                     *y = total / x.divisor;
                 }
             }
@@ -180,7 +198,7 @@ enum Scales<'a> {
     /// One for the matrix.
     One(f32),
     /// Those of each group, and the blocks of a group.
-    Groups(&'a [Lanes<f32>], usize),
+    Groups(&'a [[f32; ROWS]], usize),
 }
 
 impl<'a> Scales<'a> {
@@ -193,111 +211,107 @@ impl<'a> Scales<'a> {
     }
 
     #[inline(always)]
-    fn block(self, b: usize) -> Lanes<f32> {
+    fn block<L: Lanes>(self, l: L, b: usize) -> L::V {
         match self {
-            Scales::One(scale) => [scale; ROWS],
-            Scales::Groups(scales, blocks) => scales[b / blocks],
+            Scales::One(scale) => l.splat(scale),
+            Scales::Groups(scales, blocks) => l.load_f32(&scales[b / blocks]),
         }
     }
 }
 
-/// Codes of a word of all rows.
+/// `total + scale * ((a + b) + (c + d))`.
 #[inline(always)]
-fn codes(word: &[u8]) -> Lanes<u32> {
-    let mut out = [0; ROWS];
-    for (code, bytes) in out.iter_mut().zip(word.as_chunks::<4>().0) {
-        *code = u32::from_le_bytes(*bytes);
-    }
-    out
-}
-
-/// `total += scale * ((a + b) + (c + d))`.
-#[inline(always)]
-fn add_block(words: [Lanes<f32>; WORDS], scales: Lanes<f32>, total: &mut Lanes<f32>) {
-    let [a, b, c, d] = words;
-    for r in 0..ROWS {
-        let sum = (a[r] + b[r]) + (c[r] + d[r]);
-        total[r] = scales[r].mul_add(sum, total[r]);
-    }
+fn add_block<L: Lanes>(l: L, [a, b, c, d]: [L::V; WORDS], scales: L::V, total: L::V) -> L::V {
+    l.fma(scales, l.add(l.add(a, b), l.add(c, d)), total)
 }
 
 /// Sixteen rows times one input.
 #[inline(always)]
-fn one(
-    group: &[[u8; WORDS * WORD_BYTES]],
+fn one<L: Lanes>(
+    l: L,
+    group: &[[u8; BLOCK_BYTES]],
     scales: Scales<'_>,
     x: &[[f32; BLOCK]],
-    total: &mut Lanes<f32>,
+    total: &mut L::V,
 ) {
     for (b, (bytes, x)) in group.iter().zip(x).enumerate() {
-        let mut sums = [[0f32; ROWS]; WORDS];
-        for pair in 0..WORDS / 2 {
-            // Two chains at a time: what AVX2 has registers for.
-            let (v, w) = (2 * pair, 2 * pair + 1);
-            let (p, q) = (codes(&bytes[v * WORD_BYTES..]), codes(&bytes[w * WORD_BYTES..]));
-            let (mut s, mut t) = ([0f32; ROWS], [0f32; ROWS]);
+        let (bytes, x) = (bytes.as_chunks::<WORD_BYTES>().0, x.as_chunks::<WORD>().0);
+        l.prefetch(bytes.as_ptr().wrapping_byte_add(AHEAD));
+        let mut sums = [l.splat(0.0); WORDS];
+        // Two chains at a time: what AVX2 has registers for.
+        for v in [0, 2] {
+            let w = v + 1;
+            let (mut p, mut q) = (l.load_codes(&bytes[v]), l.load_codes(&bytes[w]));
             for j in 0..WORD {
-                let (x, y) = (x[v * WORD + j], x[w * WORD + j]);
-                for r in 0..ROWS {
-                    s[r] += ((p[r] >> (2 * j) & 3) as i32 - 1) as f32 * x;
-                    t[r] += ((q[r] >> (2 * j) & 3) as i32 - 1) as f32 * y;
-                }
+                sums[v] = l.add_trits(sums[v], p, l.table(x[v][j]));
+                sums[w] = l.add_trits(sums[w], q, l.table(x[w][j]));
+                (p, q) = (l.next_codes(p), l.next_codes(q));
             }
-            (sums[v], sums[w]) = (s, t);
         }
-        add_block(sums, scales.block(b), total);
+        *total = add_block(l, sums, scales.block(l, b), *total);
     }
 }
 
+/// Inputs that share the loads of weights: with AVX2, twelve sums, two registers of
+/// weights and one of an input.
+const INPUTS: usize = 6;
+
 /// Sixteen rows times several inputs: weights become floats once for all.
 #[inline(always)]
-fn several(
-    group: &[[u8; WORDS * WORD_BYTES]],
+fn several<L: Lanes>(
+    l: L,
+    group: &[[u8; BLOCK_BYTES]],
     scales: Scales<'_>,
     xs: &[&[[f32; BLOCK]]],
-    totals: &mut [Lanes<f32>],
+    totals: &mut [L::V],
 ) {
     let mut tile = [[0f32; ROWS]; BLOCK];
     for (b, bytes) in group.iter().enumerate() {
-        for (word, tile) in bytes.chunks_exact(WORD_BYTES).zip(tile.as_chunks_mut::<WORD>().0) {
-            let codes = codes(word);
-            for (j, tile) in tile.iter_mut().enumerate() {
-                for r in 0..ROWS {
-                    tile[r] = ((codes[r] >> (2 * j) & 3) as i32 - 1) as f32;
-                }
+        let words = bytes.as_chunks::<WORD_BYTES>().0;
+        for (word, tile) in words.iter().zip(tile.as_chunks_mut::<WORD>().0) {
+            let mut codes = l.load_codes(word);
+            for column in tile {
+                *column = l.to_array(l.trits(codes));
+                codes = l.next_codes(codes);
             }
         }
-        let scales = scales.block(b);
+        let scales = scales.block(l, b);
         let mut i = 0;
-        while i + 4 <= xs.len() {
-            tokens::<4>(&tile, scales, b, &xs[i..], &mut totals[i..]);
-            i += 4;
+        while i + INPUTS <= xs.len() {
+            tokens::<INPUTS, L>(l, &tile, scales, b, &xs[i..], &mut totals[i..]);
+            i += INPUTS;
         }
-        while i < xs.len() {
-            tokens::<1>(&tile, scales, b, &xs[i..], &mut totals[i..]);
-            i += 1;
+        while i + 2 <= xs.len() {
+            tokens::<2, L>(l, &tile, scales, b, &xs[i..], &mut totals[i..]);
+            i += 2;
+        }
+        if i < xs.len() {
+            tokens::<1, L>(l, &tile, scales, b, &xs[i..], &mut totals[i..]);
         }
     }
 }
 
 /// One block of `N` inputs.
 #[inline(always)]
-fn tokens<const N: usize>(
-    tile: &[Lanes<f32>; BLOCK],
-    scales: Lanes<f32>,
+fn tokens<const N: usize, L: Lanes>(
+    l: L,
+    tile: &[[f32; ROWS]; BLOCK],
+    scales: L::V,
     b: usize,
     xs: &[&[[f32; BLOCK]]],
-    totals: &mut [Lanes<f32>],
+    totals: &mut [L::V],
 ) {
-    let mut sums = [[[0f32; ROWS]; WORDS]; N];
+    let mut x: [&[f32; BLOCK]; N] = [&[0.0; BLOCK]; N];
+    for n in 0..N {
+        x[n] = &xs[n][b];
+    }
+    let mut sums = [[l.splat(0.0); WORDS]; N];
     for (w, tile) in tile.as_chunks::<WORD>().0.iter().enumerate() {
-        let mut acc = [[0f32; ROWS]; N];
-        for (j, tile) in tile.iter().enumerate() {
+        let mut acc = [l.splat(0.0); N];
+        for (j, column) in tile.iter().enumerate() {
+            let column = l.load_f32(column);
             for n in 0..N {
-                let x = xs[n][b][w * WORD + j];
-                for r in 0..ROWS {
-                    acc[n][r] += tile[r] * x;
-                }
+                acc[n] = l.add_exact(column, l.splat(x[n][w * WORD + j]), acc[n]);
             }
         }
         for n in 0..N {
@@ -305,13 +319,14 @@ fn tokens<const N: usize>(
         }
     }
     for n in 0..N {
-        add_block(sums[n], scales, &mut totals[n]);
+        totals[n] = add_block(l, sums[n], scales, totals[n]);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::lanes::Portable;
 
     #[test]
     fn codes_stand_where_the_layout_says() {
@@ -326,7 +341,7 @@ mod tests {
         assert!(found[rows * cols..].iter().all(|&t| t == 0));
         for (r, row) in trits.chunks_exact(cols).enumerate() {
             for (c, &t) in row.iter().enumerate() {
-                let word = codes(&bytes[c / WORD * WORD_BYTES..])[r];
+                let word = Portable.load_codes(&bytes.as_chunks().0[c / WORD])[r];
                 assert_eq!((word >> (2 * (c % WORD)) & 3) as i8 - 1, t, "row {r} column {c}");
             }
         }
