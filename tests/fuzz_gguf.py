@@ -27,7 +27,6 @@ import checkpoints
 import ggufs
 from bitnet_rs.loaders.ggml_types import (
     GgmlOptions,
-    collapse,
     read_floats,
     read_scales,
     read_trits,
@@ -37,6 +36,7 @@ from bitnet_rs.loaders.gguf import open_gguf
 from bitnet_rs.loaders.i2s_layout import looks_like_another_layout
 from bitnet_rs.loaders.mapped import Mapper
 from bitnet_rs.loaders.safetensors import Reader, open_folder, read_header
+from bitnet_rs.loaders.ternary_values import collapse
 
 SECONDS = 1.0
 BYTES = 16 << 20

@@ -209,6 +209,13 @@ def test_packed_weights_that_nothing_declares_are_refused(tmp_path: Path) -> Non
         open_checkpoint(tmp_path)
 
 
+def test_mlx_is_refused_by_name(tmp_path: Path) -> None:
+    written = make(tmp_path, "Ternary-Bonsai, unpacked")
+    written.edit_config(quantization={"group_size": 128, "bits": 2})
+    with pytest.raises(ValueError, match=r"`quantization` is of MLX, .* take the GGUF"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_value_that_is_not_ternary_is_refused_where_it_stands(tmp_path: Path) -> None:
     written = make(tmp_path, "TriLM 3.9B, shards by columns")
     name = "model.layers.1.mlp.up_proj.weight"

@@ -22,7 +22,6 @@ from bitnet_rs.loaders.ggml_types import (
     GgmlOptions,
     GgmlType,
     I2sLayout,
-    collapse,
     read_floats,
     read_scales,
     read_trits,
@@ -32,6 +31,7 @@ from bitnet_rs.loaders.gguf import GgufFile, open_gguf
 from bitnet_rs.loaders.i2s_layout import looks_like_another_layout
 from bitnet_rs.loaders.mapped import Mapper
 from bitnet_rs.loaders.safetensors import open_folder, to_float32
+from bitnet_rs.loaders.ternary_values import collapse
 from checkpoints import DATA
 from ggufs import STQ1_0_CODEBOOK, Stored, Trits, Typed, gguf, sparse_trits, string, write
 

@@ -505,26 +505,3 @@ def _damaged(tensor: GgufTensor, type_: GgmlType, error: ValueError) -> NoReturn
     raise ValueError(
         f"{tensor.file}: tensor {shown(tensor.name)} of type {type_.name} {error}; {_CURE}"
     ) from None
-
-
-def collapse(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Says with fewer scales what many equal ones say.
-
-    Scales of 0 agree with any other: their trits are 0 (see `read_trits`).
-
-    Args:
-        scales: Of `read_scales`.
-
-    Returns:
-        Shape (1,) where all scales that are not 0 are equal, [0] where all are 0; else (rows, 1)
-        where those of each row are; else what was given.
-    """
-    if scales.shape == (1,):
-        return scales
-    highest: NDArray[np.float32] = scales.max(axis=1)
-    lowest = np.where(scales > 0, scales, np.float32(np.inf)).min(axis=1)
-    if not np.all((highest == lowest) | (highest == 0)):
-        return scales
-    if highest.max() == 0 or highest.max() == lowest.min():
-        return np.array([highest.max()], np.float32)
-    return highest.reshape(-1, 1)

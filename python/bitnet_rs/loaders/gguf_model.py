@@ -8,7 +8,7 @@ are permuted in `llama` files. What changes the result and is not understood is 
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
@@ -31,37 +31,13 @@ from bitnet_rs.loaders.ggml_types import (
     resolve_types,
 )
 from bitnet_rs.loaders.gguf import GgufFile, GgufTensor, open_gguf, shown
+from bitnet_rs.loaders.gguf_names import ARCHS, Arch, gguf_name
 from bitnet_rs.loaders.i2s_layout import looks_like_another_layout
+from bitnet_rs.loaders.lazy import LazyWeights
 from bitnet_rs.loaders.mapped import Mapper
 from bitnet_rs.loaders.options import FileOptions
 from bitnet_rs.loaders.safetensors import to_float32
 from bitnet_rs.loaders.ternary_values import collapse, is_ternary, recover
-
-
-@dataclass(frozen=True)
-class _Arch:
-    """What a value of `general.architecture` stands for.
-
-    Attributes:
-        architecture: What runs.
-        hidden_act: The gate's activation. No metadata says it: `bitnet` is SiLU and the later
-            names squared ReLU, and mixing them up gives fluent nonsense.
-        permuted: Rows of q and k are in the order of interleaved RoPE.
-    """
-
-    architecture: Architecture
-    hidden_act: str
-    permuted: bool = False
-
-
-_ARCHS: Final[Mapping[str, _Arch]] = {
-    "bitnet": _Arch("bitnet", "silu"),
-    "bitnet-25": _Arch("bitnet", "relu2"),
-    "bitnet-b1.58": _Arch("bitnet", "relu2"),
-    "llama": _Arch("llama", "silu", permuted=True),
-    "qwen3": _Arch("qwen3", "silu"),
-    "gemma3": _Arch("gemma3_text", "gelu_pytorch_tanh"),
-}
 
 _CLASSES: Final[Mapping[Architecture, str]] = {
     "bitnet": "BitNetForCausalLM",
@@ -70,33 +46,6 @@ _CLASSES: Final[Mapping[Architecture, str]] = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 
-# Parts of tensor names, canonical -> GGUF.
-_PARTS: Final[Mapping[str, str]] = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.attn_sub_norm": "attn_sub_norm",
-    "mlp.ffn_sub_norm": "ffn_sub_norm",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_GEMMA_PARTS: Final[Mapping[str, str]] = {
-    **_PARTS,
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_WHOLE: Final[Mapping[str, str]] = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
 _HEAD: Final = "output.weight"
 _PROJECTION_NORM: Final = "blk.0.attn_q_norm_in.weight"
 _ROPE_FACTORS: Final = "rope_freqs.weight"
@@ -185,13 +134,13 @@ def open_gguf_model(path: Path, options: FileOptions) -> GgufModel:
 # --- metadata -------------------------------------------------------------------------------------
 
 
-def _arch(file: GgufFile) -> _Arch:
+def _arch(file: GgufFile) -> Arch:
     name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in _ARCHS:
+    if not isinstance(name, str) or name not in ARCHS:
         raise ValueError(
-            f"{file.path}: field `general.architecture` is {name!r}; supported: {', '.join(_ARCHS)}"
+            f"{file.path}: field `general.architecture` is {name!r}; supported: {', '.join(ARCHS)}"
         )
-    return _ARCHS[name]
+    return ARCHS[name]
 
 
 class _Fields:
@@ -229,7 +178,7 @@ class _Fields:
         return float(value)
 
 
-def _config(file: GgufFile, arch: _Arch) -> dict[str, Any]:
+def _config(file: GgufFile, arch: Arch) -> dict[str, Any]:
     """The metadata by the names of config.json."""
     fields = _Fields(file)
     hidden = fields.size("embedding_length")
@@ -296,7 +245,7 @@ def _activations(
     file: GgufFile,
     types: Mapping[str, GgmlType],
     entries: Mapping[str, "_Entry"],
-    arch: _Arch,
+    arch: Arch,
     *,
     bit_linear: bool,
 ) -> tuple[Activations, bool]:
@@ -339,22 +288,10 @@ class _Entry:
     heads: int = 0
 
 
-def _gguf_name(name: str, arch: _Arch) -> str:
-    """A canonical name as llama.cpp has it."""
-    if name in _WHOLE:
-        return _WHOLE[name]
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+?)(\.norm)?\.weight", name)
-    if match is None:
-        raise AssertionError(name)
-    layer, part, norm = match.groups()
-    parts = _GEMMA_PARTS if arch.architecture == "gemma3_text" else _PARTS
-    return f"blk.{layer}.{parts[part]}{'_norm_in' if norm else ''}.weight"
-
-
 def _entries(
     file: GgufFile,
     types: Mapping[str, GgmlType],
-    arch: _Arch,
+    arch: Arch,
     dims: Dimensions,
     *,
     head: bool,
@@ -365,9 +302,9 @@ def _entries(
         arch.architecture, dims.n_layers, head=head, projection_norms=projection_norms
     )
     for name, kind, axes in expected:
-        on_disk = _gguf_name(name, arch)
-        tensor = file.tensors.get(on_disk)
-        if tensor is None:
+        on_disk = gguf_name(name, arch)
+        tensor = file.tensors.get(on_disk) if on_disk else None
+        if on_disk is None or tensor is None:
             raise KeyError(
                 f"tensor {on_disk} is not in the file {file.path}; "
                 f"`{file.metadata['general.architecture']}` needs it. {_CURE.capitalize()}"
@@ -452,7 +389,7 @@ def _refuse_unexpected(
     file: GgufFile,
     types: Mapping[str, GgmlType],
     entries: Mapping[str, _Entry],
-    arch: _Arch,
+    arch: Arch,
     dims: Dimensions,
     *,
     tied: bool,
@@ -482,7 +419,7 @@ def _refuse_unexpected(
         raise ValueError(f"{file.path}: unexpected tensor {shown(name)}; {why}")
 
 
-class GgufWeights(Mapping[str, NDArray[Any]]):
+class GgufWeights(LazyWeights[_Entry]):
     """Tensors of a GGUF file by canonical name, read and checked when asked for.
 
     As `names.Weights`, with ternary matrices int8 and their scales of shape (1,) or (rows,
@@ -505,36 +442,21 @@ class GgufWeights(Mapping[str, NDArray[Any]]):
         masters: bool,
     ) -> None:
         self._types = types
-        self._path = path
         self._mapper = Mapper()
         self._recovered: tuple[str, NDArray[np.int8]] | None = None
         self.has_masters: Final = masters and self._are_masters(entries)
-        self._entries = {
+        kept = {
             name: entry
             for name, entry in entries.items()
             if not (self.has_masters and entry.kind == "scales")
         }
+        super().__init__(kept, path)
 
     def _are_masters(self, entries: Mapping[str, _Entry]) -> bool:
         first = next((e for e in entries.values() if e.kind == "values"), None)
         return first is not None and not is_ternary(self._floats(first.tensor))
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries  # Mapping's own would read the tensor
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} tensors of {self._path}>"
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._entries:
-            raise KeyError(f"tensor {name} is not in the file {self._path}")
-        entry = self._entries[name]
+    def _read(self, name: str, entry: _Entry) -> NDArray[Any]:
         return self._readers()[entry.kind](name, entry)
 
     def _readers(self) -> Mapping[Kind, Callable[[str, _Entry], NDArray[Any]]]:
@@ -588,22 +510,21 @@ class GgufWeights(Mapping[str, NDArray[Any]]):
     def _scales(self, name: str, entry: _Entry) -> NDArray[np.float32]:
         type_ = self._types[entry.tensor.name]
         if type_.kind == "ternary":
-            scales = read_scales(entry.tensor, type_, self._mapper)
-            scales = scales if scales.size == 1 else collapse(scales)
+            scales = collapse(read_scales(entry.tensor, type_, self._mapper))
             if scales.size > 1:
                 scales = _unpermuted(scales, entry.heads)
         else:
             trits, scales = self._recover(entry)
             self._recovered = (name.removesuffix("_scale"), trits)
         if entry.factor is None:
-            return scales.reshape(1) if scales.size == 1 else scales
+            return scales
         factor = to_float32(self._floats(entry.factor)).reshape(())
         if not 0 < factor < np.inf:
             raise ValueError(
                 f"{self._path}: tensor {entry.factor.name} is {factor}; a scale is a finite number "
                 f"above zero. {_CURE.capitalize()}"
             )
-        return (scales.reshape(1) if scales.size == 1 else scales) * factor
+        return scales * factor
 
     def _ternary_dense(self, _: str, entry: _Entry) -> NDArray[Any]:
         """Trits times scales, which float16 holds exactly where it is what scales are stored in."""

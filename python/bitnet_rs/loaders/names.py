@@ -31,6 +31,7 @@ from bitnet_rs.loaders.families import (
     expected_tensors,
     has_sub_norms,
 )
+from bitnet_rs.loaders.lazy import LazyWeights
 from bitnet_rs.loaders.safetensors import Reader, TensorInfo, to_float32
 from bitnet_rs.loaders.ternary_values import is_ternary, recover
 
@@ -143,6 +144,11 @@ def _undeclared_form(
         return Form("masters")
     if masters or _PROJECTION_NORM in on_disk:
         return Form("masters")
+    if "quantization" in config:
+        raise ValueError(
+            f"{where}: field `quantization` is of MLX, whose weights are not read; take the GGUF "
+            "or the unpacked safetensors of the same model"
+        )
     first = on_disk.get(_FIRST)
     if first is not None and first.dtype == "U8":
         raise ValueError(
@@ -229,7 +235,7 @@ class _Entry:
     plus_one: bool = False  # Gemma stores its norms' weights less one
 
 
-class Weights(Mapping[str, NDArray[Any]]):
+class Weights(LazyWeights[_Entry]):
     """Tensors by canonical name, read and checked when asked for.
 
     Nothing is kept, but for the trits of a matrix whose scales were asked for first: an array that
@@ -245,28 +251,12 @@ class Weights(Mapping[str, NDArray[Any]]):
     """
 
     def __init__(self, entries: Mapping[str, _Entry], form: Form, folder: Path) -> None:
-        self._entries = entries
+        super().__init__(entries, folder)
         self._form = form
-        self._folder = folder
         self._reader = Reader()
         self._recovered: tuple[str, NDArray[np.int8]] | None = None
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries  # Mapping's own would read the tensor
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} tensors of {self._folder}>"
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._entries:
-            raise KeyError(f"tensor {name} is not in the checkpoint {self._folder}")
-        entry = self._entries[name]
+    def _read(self, name: str, entry: _Entry) -> NDArray[Any]:
         if entry.kind in ("values", "scales"):
             return self._values(name, entry)
         array = self._reader.read(entry.info)

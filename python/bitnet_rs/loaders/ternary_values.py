@@ -73,11 +73,13 @@ def collapse(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     A scale of 0 belongs to a group of zeros, which any scale fits.
 
     Args:
-        scales: Of each group of columns of each row: shape (rows, groups).
+        scales: Of each group of columns of each row, shape (rows, groups); one is left as it is.
 
     Returns:
         Shape (1,) where all are equal, else (rows, n) with the least n, a divisor of the groups.
     """
+    if scales.shape == (1,):
+        return scales
     n_rows, groups = scales.shape
     most = scales.max(initial=0)
     if ((scales == most) | (scales == 0)).all():

@@ -28,12 +28,12 @@ from bitnet_rs.writers.gguf import TensorSpec, Value
 from bitnet_rs.writers.layout import Slot, TensorWriter
 from bitnet_rs.writers.names import (
     FLOAT_TYPES,
-    Arch,
-    arch_of,
-    gguf_name,
+    Target,
     metadata_of,
+    name_in_file,
     permute,
     rope_theta,
+    target_of,
     unpermute,
 )
 from bitnet_rs.writers.readback import Digest, Steps, differs, digest_of, digest_of_slot, read
@@ -106,10 +106,10 @@ class GgufJob:
     ) -> None:
         self._source = source
         self._encoding = encoding
-        self._arch = arch_of(source.config)
+        self._target = target_of(source.config)
         _refuse_widths(source, encoding)
         self._parts = [self._part(tensor) for tensor in source.tensors]
-        own = metadata_of(source.config, self._arch, name, encoding.file_type)
+        own = metadata_of(source.config, self._target, name, encoding.file_type)
         specs = [spec for part in self._parts for spec in self._specs(part)]
         self._layout = gguf.compose(own | dict(metadata), specs)
         self.n_bytes: Final = self._layout.n_bytes
@@ -118,9 +118,9 @@ class GgufJob:
         theta = rope_theta(source.config)
         if float(np.float32(theta)) != theta:
             error = abs(float(np.float32(theta)) - theta) / theta
-            self.losses[f"{self._arch.name}.rope.freq_base"] = error
+            self.losses[f"{self._target.arch.name}.rope.freq_base"] = error
         apart = any(part.scale_name for part in self._parts)
-        self.notes: Final = list(_notes(source, self._arch, encoding, scales_apart=apart))
+        self.notes: Final = list(_notes(source, self._target, encoding, scales_apart=apart))
 
     def run(self, path: Path, steps: Steps, *, overwrite: bool) -> None:
         """Writes the file, and checks it before it gets its name.
@@ -136,17 +136,17 @@ class GgufJob:
             self._check(file, path, written, steps)
 
     def _part(self, tensor: Matrix | Float) -> _Part:
-        name = gguf_name(tensor.name, self._arch)
+        name = name_in_file(tensor.name, self._target.arch)
         if isinstance(tensor, Float):
             return _Part(tensor, name)
         scale_name = None
-        if self._encoding.block_scales and self._arch.scale_tensors and _beyond_float16(tensor):
+        if self._encoding.block_scales and self._target.scale_tensors and _beyond_float16(tensor):
             scale_name = f"{name.removesuffix('.weight')}.scale"
         config = self._source.config
         n_heads = 0
-        if self._arch.permuted and tensor.name.endswith("q_proj.weight"):
+        if self._target.arch.permuted and tensor.name.endswith("q_proj.weight"):
             n_heads = config["num_attention_heads"]
-        elif self._arch.permuted and tensor.name.endswith("k_proj.weight"):
+        elif self._target.arch.permuted and tensor.name.endswith("k_proj.weight"):
             n_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         return _Part(tensor, name, scale_name, n_heads)
 
@@ -334,24 +334,26 @@ def _beyond_float16(matrix: Matrix) -> bool:
         return bool(matrix.scales.astype(np.float16).astype(np.float32)[0] != matrix.scales[0])
 
 
-def _notes(source: Source, arch: Arch, encoding: Encoding, *, scales_apart: bool) -> Iterator[str]:
+def _notes(
+    source: Source, target: Target, encoding: Encoding, *, scales_apart: bool
+) -> Iterator[str]:
     if encoding == I2_S:
         yield "I2_S in the layout of x86: of other programs bitnet.cpp reads it, llama.cpp does not"
-    elif arch.in_llama_cpp:
+    elif target.in_llama_cpp:
         yield (
             "llama.cpp quantizes activations in blocks of 256, not whole as the model was trained, "
             "so that its answers may differ"
         )
     else:
-        yield f"llama.cpp does not know architecture {arch.name}; bitnet.cpp does"
+        yield f"llama.cpp does not know architecture {target.arch.name}; bitnet.cpp does"
     if scales_apart:
         yield (
             "scales that float16 does not hold are in tensors of their own, .scale: llama.cpp of "
             "2026 multiplies by them; where they are not known, the file is refused"
         )
-    if arch.tied and not source.config["tie_word_embeddings"]:
+    if target.tied and not source.config["tie_word_embeddings"]:
         yield (
-            f"other programs take the embedding for the head in architecture {arch.name} and "
+            f"other programs take the embedding for the head in architecture {target.arch.name} and "
             "leave this model's own head unread: their answers are wrong, if they open it"
         )
     embedding = next((t for t in source.tensors if t.name == "model.embed_tokens.weight"), None)
