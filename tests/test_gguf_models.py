@@ -6,6 +6,8 @@ llama.cpp and ik_llama.cpp (tests/data/README.md); the others here are written b
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -333,6 +335,31 @@ def test_a_file_of_another_layout_is_another_model(
         assert "arm layout" in repr(arm)
     with pytest.raises(ValueError, match="x86, arm, rows4"):
         br.load(path, i2s_layout="riscv")  # type: ignore[arg-type]
+
+
+def test_a_trained_model_in_another_layout_is_warned_of(tmp_path: Path) -> None:
+    from bitnet_rs.loaders.ggml_types import read_scales, read_trits, resolve_types
+    from bitnet_rs.loaders.gguf import open_gguf
+
+    br.convert("demo", tmp_path / "x86.gguf", "gguf-i2_s")
+    file = open_gguf(tmp_path / "x86.gguf")
+    arm = {}
+    for name, type_ in resolve_types(file).items():
+        if type_.name == "I2_S":
+            tensor = file.tensors[name]
+            trits, scale = read_trits(tensor, type_), read_scales(tensor, type_)
+            arm[name] = Stored(36, trits.shape, ggufs.i2_s(trits, float(scale[0]), "arm"))
+    fields = {k: v for k, v in file.metadata.items() if not k.startswith("tokenizer.")}
+    rewrite(tmp_path / "x86.gguf", tmp_path / "arm.gguf", fields, **arm)
+    with pytest.warns(UserWarning, match="arm"), br.load(tmp_path / "arm.gguf") as wrong:
+        assert "arm" in repr(wrong).split("note")[1]
+    for path, layout in (("arm.gguf", "arm"), ("x86.gguf", "x86")):
+        with br.load(tmp_path / path, i2s_layout=layout) as right:  # type: ignore[arg-type]
+            assert not any("layout" in note for note in right.notes)
+    command = [sys.executable, "-m", "bitnet_rs", "verify", str(tmp_path / "arm.gguf"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("warning: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_tiles_have_to_be_given(tmp_path: Path, model: Written) -> None:

@@ -163,7 +163,7 @@ def convert(
         job.n_bytes,
         job.format,
         tuple(Loss(name, error) for name, error in job.losses.items()),
-        (*notes, *job.notes),
+        (*checkpoint.warnings, *notes, *job.notes),
     )
 
 

@@ -110,7 +110,7 @@ def inspect(
         if facts.get("container") is None:
             raise
         return Inspection(name, str(path), **facts, refused=_message(error))
-    notes = checkpoint.notes
+    notes = (*checkpoint.warnings, *checkpoint.notes)
     try:
         tokenizer = Tokenizer.of(checkpoint)
     except FileNotFoundError:

@@ -8,6 +8,7 @@ computed. It computes nothing itself.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack, overload
@@ -83,6 +84,9 @@ def load(
         KeyError: A tensor is missing.
         ValueError: An argument, an environment variable, a file or a field is wrong or not
             supported. The message names it, what was found and what was wanted.
+
+    Warns:
+        UserWarning: The weights look as if they were to be read otherwise (`i2s_layout`).
     """
     n_threads = choose_threads(threads)
     choose_kernel(kernel)  # refuses an unknown name before anything is downloaded
@@ -94,6 +98,8 @@ def load(
         ggml=GgmlOptions(i2s_layout=i2s_layout, tl_tiles=dict(tl_tiles or {})),
     )
     checkpoint = open_checkpoint(source, revision=revision, options=options)
+    for warning in checkpoint.warnings:
+        warnings.warn(warning, stacklevel=2)
     # A checkpoint without a tokenizer is of use for ids, speed and checks; what needs text says so.
     tokenizer: Tokenizer | FileNotFoundError
     try:
@@ -160,7 +166,7 @@ class Model:
         self.format: Final = checkpoint.format
         self.lossless: Final = checkpoint.lossless
         self.lossless_reason: Final = checkpoint.lossless_reason
-        self.notes: Final = checkpoint.notes + (
+        self.notes: Final = (*checkpoint.warnings, *checkpoint.notes) + (
             tokenizer.notes if isinstance(tokenizer, Tokenizer) else ()
         )
         self.facts: Final = core.facts

@@ -8,6 +8,7 @@ Ctrl-C.
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -76,6 +77,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark, not a traceback.
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
+    # For people, not for those who wrote the line.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {_one_line(message)}\n"
     code = 0
     try:
         try:
@@ -96,7 +99,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     return code
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     # str() of a KeyError is the repr of its message.
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(message).splitlines()).strip() or type(error).__name__

@@ -43,6 +43,7 @@ class Checkpoint:
         lossless_reason: Why, in one sentence.
         n_files_bytes: Bytes of the weight files.
         notes: Sentences about what was not taken as the files have it, or is to be known.
+        warnings: Sentences about what is probably wrong.
         gguf_metadata: Of a GGUF file, which holds its tokenizer; else None.
         options: With which it was opened.
     """
@@ -60,6 +61,7 @@ class Checkpoint:
     lossless_reason: str
     n_files_bytes: int
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     gguf_metadata: Mapping[str, Any] | None = field(repr=False, default=None)
     options: FileOptions = field(repr=False, default_factory=FileOptions)
     _tensors: tuple[tuple[str, str, tuple[int, ...]], ...] = field(repr=False, default=())
@@ -162,7 +164,7 @@ def _open_gguf(name: str, path: Path, options: FileOptions) -> Checkpoint:
         lossless=lossless,
         lossless_reason=reason,
         n_files_bytes=model.n_bytes,
-        notes=model.notes,
+        warnings=model.warnings,
         gguf_metadata=model.metadata,
         options=options,
         _tensors=model.tensors,

@@ -74,7 +74,7 @@ class GgufModel:
         weights: Tensors by canonical name.
         format: How weights are stored, in words.
         n_bytes: Bytes of the file or of its parts.
-        notes: What a user should know.
+        warnings: What is probably wrong.
         metadata: All of the file's.
         tensors: (name, ggml type, shape) of each.
     """
@@ -88,7 +88,7 @@ class GgufModel:
     weights: "GgufWeights"
     format: str
     n_bytes: int
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     metadata: Mapping[str, Any]
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
 
@@ -125,7 +125,7 @@ def open_gguf_model(path: Path, options: FileOptions) -> GgufModel:
         weights=weights,
         format=_format(file, types, entries),
         n_bytes=file.n_bytes,
-        notes=(warning,) if warning else (),
+        warnings=(warning,) if warning else (),
         metadata=file.metadata,
         tensors=tuple((t.name, types[t.name].name, t.shape) for t in file.tensors.values()),
     )
