@@ -67,7 +67,7 @@ fn config(model_type: &str, [hidden, inter, heads, kv_heads, head_dim]: [usize; 
     let gemma = [
         ("query_pre_attn_scalar", int(head_dim)),
         ("layer_kinds", Value::Str("sf".to_owned())),
-        ("sliding_window", int(400)),
+        ("sliding_window", int(13)),
         ("rope_local_base_freq", Value::Float(1000.0)),
     ];
     let more = gemma.into_iter().filter(|_| model_type == "gemma3_text");

@@ -552,6 +552,26 @@ def test_every_format_gives_the_same_logits_and_so_does_the_way_back(
             assert model.generate("a text", max_tokens=3)
 
 
+def test_windows_of_gemma_layers(tmp_path: Path) -> None:
+    written = source(
+        tmp_path / "in",
+        architecture="gemma3_text",
+        form="masters",
+        projection_norms=True,
+        n_layers=7,
+        n_kv_heads=1,
+    )
+    for i, (pattern, kinds) in enumerate([(6, "sssssfs"), (3, "ssfssfs")]):
+        written.edit_config(
+            sliding_window=5, sliding_window_pattern=pattern, rope_local_base_freq=100.0
+        )
+        for to in TARGETS:
+            path = tmp_path / (f"{to}{i}" if to == "safetensors-packed" else f"{to}{i}.gguf")
+            convert(tmp_path / "in", path, to)
+            assert open_checkpoint(path).core_config["layer_kinds"] == kinds
+            assert (run_logits(path) == run_logits(tmp_path / "in")).all()
+
+
 def test_what_is_rounded_is_told_and_no_more(tmp_path: Path) -> None:
     """Scales that float16 does not hold, in the one architecture that cannot keep them apart."""
     source(tmp_path / "in", form="masters")

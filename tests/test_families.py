@@ -282,18 +282,44 @@ def test_gemma_layers_with_a_window_have_a_rope_of_their_own(
                 "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
             },
         }
-    written.edit_config(layer_types=kinds, sliding_window=30, **ropes)
+    written.edit_config(layer_types=kinds, sliding_window=5, **ropes)
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.core_config["layer_kinds"] == "sfs"
     core = _core.Model(checkpoint.core_config, checkpoint.weights, threads=1)
-    assert core.facts["max_positions"] == 30  # the window
     found = core.forward([(IDS, core.new_cache(30, "f32"))], logits="all")
     wanted = _reference.forward(checkpoint.core_config, checkpoint.weights, IDS)
     assert close(found, wanted)
-    written.edit_config()
-    plain = open_checkpoint(tmp_path)
-    other = _reference.forward(plain.core_config, plain.weights, IDS)
-    assert np.abs(other - wanted).max() > 0.01
+    for changes in ({"sliding_window": None, "layer_types": ["full_attention"] * 3}, {}):
+        # Without windows, and with one that holds all: then the rotary base alone is another.
+        window = {"sliding_window": 5000, "layer_types": kinds, **ropes, **changes}
+        written.edit_config(**window)
+        other = open_checkpoint(tmp_path)
+        apart = _reference.forward(other.core_config, other.weights, IDS) - wanted
+        assert np.abs(apart[:5]).max() > 0.01 if changes else (apart[:5] == 0).all()
+        assert np.abs(apart[5:]).max() > 0.01
+
+
+def test_a_window_moves_along_a_long_text(tmp_path: Path) -> None:
+    """In one pass, in chunks and token by token: beyond blocks of keys, too."""
+    written = write(
+        tmp_path, **{**FAMILIES["bitnet-embedding-270m"], "max_position_embeddings": 400}
+    )
+    written.edit_config(layer_types=["sliding_attention"] * 2, sliding_window=20)
+    checkpoint = open_checkpoint(tmp_path)
+    core = _core.Model(checkpoint.core_config, checkpoint.weights, threads=2)
+    ids = (np.arange(300) * 37 % 1000).astype(np.uint32)
+    whole = core.forward([(ids, core.new_cache(300, "f16"))], logits="all")
+    for step in (1, 7, 131):
+        cache = core.new_cache(300, "f16")
+        parts = [
+            core.forward([(ids[at : at + step], cache)], logits="all") for at in range(0, 300, step)
+        ]
+        assert (np.concatenate(parts) == whole).all()
+    # Two layers of 20 reach 38 tokens back: what is before them leaves no trace.
+    ids[:200] = 3
+    again = core.forward([(ids, core.new_cache(300, "f16"))], logits="all")
+    assert (again[245:] == whole[245:]).all()
+    assert not (again[200:220] == whole[200:220]).all()
 
 
 def test_gemma_patterns() -> None:
@@ -306,7 +332,8 @@ def test_gemma_patterns() -> None:
         )
         return str(core["layer_kinds"])
 
-    assert kinds() == "f" * 8
+    assert kinds() == "sssssfss"  # of 4096 tokens: transformers' default
+    assert kinds(sliding_window=None) == "f" * 8
     assert kinds(sliding_window=512) == "sssssfss"
     assert kinds(sliding_window=512, sliding_window_pattern=2) == "sfsfsfsf"
     assert kinds(sliding_window=512, layer_types=["full_attention"] * 8) == "f" * 8

@@ -507,8 +507,9 @@ def test_gemma_windows_in_metadata(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path, options=FileOptions(activations="int8"))
     assert checkpoint.core_config["layer_kinds"] == "sssssfs"
     assert checkpoint.core_config["rope_local_base_freq"] == 10000.0
-    core = _core.Model(checkpoint.core_config, checkpoint.weights, threads=1)
-    assert core.facts["max_positions"] == 40
+    window = {"attention.sliding_window": 4}
+    path = as_gguf(written, tmp_path / "b.gguf", "gemma3", FORMATS["I2_S x86"][0], **window)
+    assert np.abs(logits(open_checkpoint(path)) - logits(checkpoint)).max() > 0.01
 
 
 # --- scales apart, heads, masters -----------------------------------------------------------------

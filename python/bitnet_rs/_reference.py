@@ -168,13 +168,14 @@ def rope(x: Floats, tables: tuple[Floats, Floats]) -> Floats:
     return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-def attention(q: Floats, k: Floats, v: Floats) -> Floats:
+def attention(q: Floats, k: Floats, v: Floats, window: int | None = None) -> Floats:
     """Causal attention; several query heads share a key head (GQA).
 
     Args:
         q: Shape (n, n_heads, h).
         k: Shape (n, n_kv_heads, h).
         v: Shape (n, n_kv_heads, h).
+        window: How many tokens each sees, itself among them; None: all before it.
 
     Returns:
         Shape (n, n_heads * h).
@@ -183,7 +184,10 @@ def attention(q: Floats, k: Floats, v: Floats) -> Floats:
     # (heads, tokens, h), each key head repeated for the query heads that share it
     q, k, v = (np.repeat(x, n_heads // x.shape[1], axis=1).swapaxes(0, 1) for x in (q, k, v))
     scores = sum_in_order(q[:, :, None], k[:, None]) * np.float32(head_dim**-0.5)
-    scores[:, ~np.tri(n, dtype=bool)] = -np.inf  # no token sees a later one
+    seen = np.tri(n, dtype=bool)  # no token sees a later one
+    if window is not None:
+        seen &= ~np.tri(n, k=-window, dtype=bool)
+    scores[:, ~seen] = -np.inf
     weights = exp(scores - scores.max(axis=-1, keepdims=True))
     mixed = sum_in_order(weights[:, :, None], v.swapaxes(1, 2)[:, None])
     mixed *= np.float32(1) / sum_in_lanes(weights, np.ones_like(weights))
@@ -288,21 +292,24 @@ def hidden_states(config: Config, weights: Weights, ids: Sequence[int] | NDArray
         x *= np.float32(math.sqrt(config["hidden_size"]))
     n_layers, positions = config["num_hidden_layers"], np.arange(len(x))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    tables = {
-        kind: rope_tables(positions, head_dim, theta)
-        for kind, theta in (
-            ("f", _rope_theta(config)),
-            ("s", config.get("rope_local_base_freq", 10000.0)),
-        )
-    }
-    for i, kind in enumerate(config.get("layer_kinds", "f" * n_layers)):
-        x = x + attention_block(config, weights, f"model.layers.{i}.", x, tables[kind])
+    kinds = config.get("layer_kinds", "f" * n_layers)  # full, or sliding: with a window
+    tables = {"f": rope_tables(positions, head_dim, _rope_theta(config))}
+    if "s" in kinds:
+        tables["s"] = rope_tables(positions, head_dim, config["rope_local_base_freq"])
+    for i, kind in enumerate(kinds):
+        window = config["sliding_window"] if kind == "s" else None
+        x = x + attention_block(config, weights, f"model.layers.{i}.", x, tables[kind], window)
         x = x + feed_forward_block(config, weights, f"model.layers.{i}.", x)
     return rms_norm(x, weights["model.norm.weight"], config["rms_norm_eps"])
 
 
 def attention_block(
-    config: Config, weights: Weights, layer: str, x: Floats, tables: tuple[Floats, Floats]
+    config: Config,
+    weights: Weights,
+    layer: str,
+    x: Floats,
+    tables: tuple[Floats, Floats],
+    window: int | None,
 ) -> Floats:
     """What the attention of one layer adds to x."""
     n, n_heads, eps = len(x), config["num_attention_heads"], config["rms_norm_eps"]
@@ -318,7 +325,7 @@ def attention_block(
         return y.reshape(n, count, head_dim)
 
     q, k, v = heads("q", n_heads), heads("k", n_kv_heads), heads("v", n_kv_heads)
-    a = attention(rope(q, tables), rope(k, tables), v)
+    a = attention(rope(q, tables), rope(k, tables), v, window)
     if config["model_type"] == "bitnet":
         a = rms_norm(a, weights[layer + "self_attn.attn_sub_norm.weight"], eps)
     a = _linear(config, weights, layer + "self_attn.o_proj", config["hidden_size"], a)

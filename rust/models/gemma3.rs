@@ -8,9 +8,7 @@
 //! of its own in front (`bit_linear.rs`).
 //!
 //! Weights of norms arrive as they multiply, `1 + w`; those of projections' norms are
-//! plain. Layers of the kind `sliding_attention` see a window of the last tokens: as
-//! long as a text is no longer than the window, that is all of it, and longer
-//! contexts are refused (`max_positions`).
+//! plain. Layers of the kind `sliding_attention` see a window of the last tokens.
 
 use super::batch::{self, Segment, Wanted};
 use super::bit_linear::BitLinear;
@@ -20,6 +18,7 @@ use super::weights::{Embeddings, vector};
 use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
 use crate::error::{Error, invalid};
 use crate::ops::activation::{Activation, add};
+use crate::ops::attention::ALL;
 use crate::ops::rope::Rope;
 
 /// The model.
@@ -28,6 +27,8 @@ pub(super) struct Gemma3 {
     machine: Machine,
     /// Of layers that attend to everything, and of those with a window.
     ropes: [Rope; 2],
+    /// Tokens that the latter see.
+    window: usize,
     embed_scale: f32,
     embeddings: Embeddings,
     layers: Vec<Layer>,
@@ -130,7 +131,7 @@ impl Gemma3 {
         weights: &dyn Weights,
         machine: Machine,
     ) -> Result<Self, Error> {
-        let mut dims = Dims::read(config)?;
+        let dims = Dims::read(config)?;
         config.hidden_act(&[Activation::GeluTanh])?;
         for field in ["attn_logit_softcapping", "final_logit_softcapping"] {
             if config.get(field).is_some() {
@@ -151,9 +152,9 @@ impl Gemma3 {
             ));
         }
         let kinds = kinds(config, dims.n_layers)?;
-        let mut local_theta = dims.rope_theta;
+        let (mut window, mut local_theta) = (ALL, dims.rope_theta);
         if kinds.contains(&true) {
-            dims.max_positions = dims.max_positions.min(config.count("sliding_window")?);
+            window = config.count("sliding_window")?;
             local_theta = config.number("rope_local_base_freq")?;
             if local_theta <= 0.0 {
                 return Err(invalid!(
@@ -171,6 +172,7 @@ impl Gemma3 {
             .collect::<Result<_, _>>()?;
         Ok(Self {
             ropes: [dims.rope_theta, local_theta].map(|theta| Rope::new(dims.head_dim, theta)),
+            window,
             // In float32, as transformers has it where the weights are.
             embed_scale: (dims.hidden as f64).sqrt() as f32,
             embeddings,
@@ -218,7 +220,8 @@ impl Gemma3 {
             if s.rows.is_empty() {
                 break;
             }
-            attention(m, d, index, &s.rows, batch, &s.q, &mut s.parts, &mut s.attended)?;
+            let window = if layer.sliding { self.window } else { ALL };
+            attention(m, d, index, window, &s.rows, batch, &s.q, &mut s.parts, &mut s.attended)?;
             m.team.lap("attention");
             layer.o_proj.apply(m, d, &s.attended, &mut s.normed, &mut s.xs, &mut s.delta);
             m.team.lap("o");

@@ -12,6 +12,7 @@ use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
 use crate::error::Error;
 use crate::kernels::{PackedMatrix, multiply, multiply_pair};
 use crate::ops::activation::{Activation, add, gate_up};
+use crate::ops::attention::ALL;
 use crate::ops::rope::Rope;
 
 /// The model.
@@ -122,7 +123,7 @@ impl Llama {
             if s.rows.is_empty() {
                 break;
             }
-            attention(m, d, index, &s.rows, batch, &s.q, &mut s.parts, &mut s.attended)?;
+            attention(m, d, index, ALL, &s.rows, batch, &s.q, &mut s.parts, &mut s.attended)?;
             m.team.lap("attention");
             prepare(m, &s.attended, d.q_width(), &mut s.xs);
             m.team.lap("norm, quantize");

@@ -14,6 +14,7 @@ use super::weights::{Embeddings, vector};
 use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
 use crate::error::Error;
 use crate::ops::activation::{Activation, add};
+use crate::ops::attention::ALL;
 use crate::ops::rope::Rope;
 
 /// The model.
@@ -132,7 +133,7 @@ impl Qwen3 {
             if s.rows.is_empty() {
                 break;
             }
-            attention(m, d, index, &s.rows, batch, &s.q, &mut s.parts, &mut s.attended)?;
+            attention(m, d, index, ALL, &s.rows, batch, &s.q, &mut s.parts, &mut s.attended)?;
             m.team.lap("attention");
             layer.o_proj.apply(m, d, &s.attended, &mut s.normed, &mut s.xs, &mut s.delta);
             m.team.lap("o");

@@ -210,11 +210,12 @@ pub(super) fn q_k_v(
     m.team.lap("rotate, cache");
 }
 
-/// `out[row] = attention(q[row])`.
+/// `out[row] = attention(q[row])`, to the last `window` tokens.
 pub(super) fn attention(
     m: &Machine,
     dims: &Dims,
     layer: usize,
+    window: usize,
     rows: &[Row],
     batch: &[Segment<'_>],
     q: &[f32],
@@ -226,7 +227,7 @@ pub(super) fn attention(
     let keys = |item: usize| {
         let row = &rows[item / dims.n_kv_heads];
         let cache = &*batch[row.segment].cache;
-        Keys { cache, layer, kv_head: item % dims.n_kv_heads, n_keys: row.position + 1 }
+        Keys { cache, layer, kv_head: item % dims.n_kv_heads, n_keys: row.position + 1, window }
     };
     if rows.len() > 1 {
         let mut tasks = tiles(rows, out, dims, group);

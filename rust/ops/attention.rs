@@ -43,8 +43,8 @@ const AHEAD: usize = 16;
 /// two strips, for 4: enough to hide their latency.
 const HEAD_TILE: usize = 4;
 
-/// The keys that query heads attend to: the first `n_keys` positions of one
-/// key/value head of one layer.
+/// The keys that query heads attend to: of the first `n_keys` positions of one
+/// key/value head of one layer, the last `window`.
 #[derive(Clone, Copy)]
 pub struct Keys<'a> {
     /// Where they are.
@@ -53,15 +53,25 @@ pub struct Keys<'a> {
     pub layer: usize,
     /// Of which key/value head.
     pub kv_head: usize,
-    /// How many of them, at least one.
+    /// Positions up to the token's own, at least one.
     pub n_keys: usize,
+    /// How many of them are seen, at least one: [`ALL`] for all.
+    pub window: usize,
 }
 
+/// No window.
+pub const ALL: usize = usize::MAX;
+
 impl Keys<'_> {
-    /// Blocks of keys, the last of them perhaps not full.
+    /// Blocks of keys, the first and the last of them perhaps not full.
     #[must_use]
     pub fn blocks(&self) -> usize {
-        self.n_keys.div_ceil(KEY_BLOCK)
+        self.n_keys.div_ceil(KEY_BLOCK) - self.first() / KEY_BLOCK
+    }
+
+    /// The first key that is seen.
+    pub(super) fn first(&self) -> usize {
+        self.n_keys.saturating_sub(self.window)
     }
 }
 
@@ -82,20 +92,24 @@ pub fn attend(isa: Isa, q: &[f32], keys: Keys<'_>, parts: &mut Vec<f32>, out: &m
     merge_blocks(isa, parts, head_dim, out);
 }
 
-/// The blocks `blocks` by themselves: `parts` is `[block][query head][block_width]`.
+/// The blocks `blocks`, counted from the first that is seen, by themselves: `parts` is `[block][query head][block_width]`.
 pub fn attend_blocks(isa: Isa, q: &[f32], keys: Keys<'_>, blocks: Range<usize>, parts: &mut [f32]) {
-    let Keys { cache, layer, kv_head, n_keys } = keys;
+    let Keys { cache, layer, kv_head, n_keys, window } = keys;
     let shape = cache.shape();
     let head_dim = shape.head_dim;
     assert!(n_keys > 0 && n_keys <= cache.capacity() && blocks.end <= keys.blocks());
+    assert!(window > 0, "a window of no keys");
+    let seen = keys.first()..n_keys;
+    let start = seen.start / KEY_BLOCK;
+    let blocks = start + blocks.start..start + blocks.end;
     assert_eq!(parts.len(), blocks.len() * q.len() / head_dim * block_width(head_dim), "parts");
     let kv_head = layer * shape.n_kv_heads + kv_head;
     match cache.storage() {
         Storage::F16(pages) => {
-            dispatch(isa, Attend { q, pages, kv_head, head_dim, n_keys, blocks, parts });
+            dispatch(isa, Attend { q, pages, kv_head, head_dim, seen, blocks, parts });
         }
         Storage::F32(pages) => {
-            dispatch(isa, Attend { q, pages, kv_head, head_dim, n_keys, blocks, parts });
+            dispatch(isa, Attend { q, pages, kv_head, head_dim, seen, blocks, parts });
         }
     }
 }
@@ -147,7 +161,8 @@ struct Attend<'a, E> {
     /// Counted over all layers.
     kv_head: usize,
     head_dim: usize,
-    n_keys: usize,
+    /// Keys.
+    seen: Range<usize>,
     blocks: Range<usize>,
     parts: &'a mut [f32],
 }
@@ -158,21 +173,22 @@ where
 {
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let Self { q, pages, kv_head, head_dim, n_keys, blocks, parts } = self;
+        let Self { q, pages, kv_head, head_dim, seen, blocks, parts } = self;
         let (tile, width) = (HEAD_TILE * head_dim, block_width(head_dim));
         let heads = q.len() / head_dim;
         let tiled = heads / HEAD_TILE * HEAD_TILE;
         for (parts, b) in parts.chunks_exact_mut(heads * width).zip(blocks) {
-            let n = KEY_BLOCK.min(n_keys - b * KEY_BLOCK);
+            let n = KEY_BLOCK.min(seen.end - b * KEY_BLOCK);
+            let n = seen.start.saturating_sub(b * KEY_BLOCK)..n;
             let page = pages.page(kv_head, b);
             let (tiles, rest) = parts.split_at_mut(tiled * width);
             let tiles = tiles.chunks_exact_mut(HEAD_TILE * width).zip(q.chunks_exact(tile));
             for (part, q) in tiles {
-                block::<HEAD_TILE, 1, E, L>(lanes, q, page, head_dim, n, part);
+                block::<HEAD_TILE, 1, E, L>(lanes, q, page, head_dim, n.clone(), part);
             }
             let rest = rest.chunks_exact_mut(width);
             for (part, q) in rest.zip(q[tiled * head_dim..].chunks_exact(head_dim)) {
-                block::<1, 2, E, L>(lanes, q, page, head_dim, n, part);
+                block::<1, 2, E, L>(lanes, q, page, head_dim, n.clone(), part);
             }
         }
     }
@@ -184,7 +200,9 @@ pub(super) fn score_scale(head_dim: usize) -> f32 {
     (1.0 / (head_dim as f64).sqrt()) as f32
 }
 
-/// One block of `n` keys for `H` query heads, `S` groups of strips at once.
+/// The keys `seen` of one block for `H` query heads, `S` groups of strips at once.
+/// Sums run over those before them, too, whose weight is zero: that leaves a sum that is
+/// zero what it is.
 // Closures say `#[inline(always)]`: one that is not inlined is compiled for no
 // instruction set.
 #[inline(always)]
@@ -193,15 +211,16 @@ fn block<const H: usize, const S: usize, E: KvElement, L: Lanes>(
     q: &[f32],
     page: Page<'_, E>,
     head_dim: usize,
-    n: usize,
+    seen: Range<usize>,
     parts: &mut [f32],
 ) {
+    let n = seen.end;
     let width = block_width(head_dim);
     let scale = score_scale(head_dim);
     let mut p = [[[0f32; LANES]; KEY_BLOCK / LANES]; H];
     scores::<H, S, E, L>(l, q, page.keys, head_dim, n, scale, &mut p);
     for h in 0..H {
-        (parts[h * width], parts[h * width + 1]) = weights(&mut p[h], n);
+        (parts[h * width], parts[h * width + 1]) = weights(&mut p[h], seen.clone());
     }
     let p: [&[f32]; H] = std::array::from_fn(|h| &p[h].as_flattened()[..n]);
     let groups = head_dim.div_ceil(STRIP);
@@ -373,12 +392,14 @@ fn sums_of<const H: usize, const S: usize, const N: usize, E: KvElement, L: Lane
     acc
 }
 
-/// Turns the scores of a block into weights; their maximum and sum.
+/// Turns the scores of a block, of which some keys are seen, into weights; their maximum
+/// and sum.
 #[inline(always)]
-pub(super) fn weights(p: &mut [[f32; LANES]; KEY_BLOCK / LANES], n: usize) -> (f32, f32) {
-    let p = &mut p[..n.div_ceil(LANES)];
-    // Leftovers weigh nothing: e to the minus infinity is 0.
-    p.as_flattened_mut()[n..].fill(f32::NEG_INFINITY);
+pub(super) fn weights(p: &mut [[f32; LANES]; KEY_BLOCK / LANES], seen: Range<usize>) -> (f32, f32) {
+    let p = &mut p[..seen.end.div_ceil(LANES)];
+    // The rest weighs nothing: e to the minus infinity is 0.
+    p.as_flattened_mut()[..seen.start].fill(f32::NEG_INFINITY);
+    p.as_flattened_mut()[seen.end..].fill(f32::NEG_INFINITY);
     let mut maxima = [f32::NEG_INFINITY; LANES];
     for p in p.iter() {
         for i in 0..LANES {

@@ -39,25 +39,26 @@ type Scores = [[f32; LANES]; KEY_BLOCK / LANES];
 
 /// Attends with consecutive tokens: `q` has for each the query heads that share a
 /// key/value head, `head_dim` numbers each, already turned by RoPE; `out` is of the
-/// same shape. The first token sees the first `keys.n_keys` keys, each other one
-/// more than the one before it.
+/// same shape. The first token sees up to the `keys.n_keys`-th key, each other one
+/// more than the one before it, and each the last `keys.window` of them.
 ///
 /// # Panics
 /// The shapes differ, or the keys are not there.
 pub fn attend_rows(isa: Isa, q: &[&[f32]], keys: Keys<'_>, out: &mut [&mut [f32]]) {
-    let Keys { cache, layer, kv_head, n_keys } = keys;
+    let Keys { cache, layer, kv_head, n_keys, window } = keys;
     let shape = cache.shape();
     let head_dim = shape.head_dim;
     assert!(n_keys > 0 && n_keys + q.len() - 1 <= cache.capacity() && q.len() == out.len());
+    assert!(window > 0, "a window of no keys");
     let width = q[0].len();
     assert!(q.iter().all(|q| q.len() == width) && out.iter().all(|out| out.len() == width));
     let kv_head = layer * shape.n_kv_heads + kv_head;
     match cache.storage() {
         Storage::F16(pages) => {
-            dispatch(isa, AttendRows { q, pages, kv_head, head_dim, n_keys, out });
+            dispatch(isa, AttendRows { q, pages, kv_head, head_dim, n_keys, window, out });
         }
         Storage::F32(pages) => {
-            dispatch(isa, AttendRows { q, pages, kv_head, head_dim, n_keys, out });
+            dispatch(isa, AttendRows { q, pages, kv_head, head_dim, n_keys, window, out });
         }
     }
 }
@@ -70,6 +71,7 @@ struct AttendRows<'a, 'o, E> {
     head_dim: usize,
     /// Of the first token.
     n_keys: usize,
+    window: usize,
     out: &'a mut [&'o mut [f32]],
 }
 
@@ -81,7 +83,7 @@ where
 {
     #[inline(always)]
     fn run<L: Lanes>(self, l: L) {
-        let Self { q, pages, kv_head, head_dim, n_keys, out } = self;
+        let Self { q, pages, kv_head, head_dim, n_keys, window, out } = self;
         let (n_tokens, heads) = (q.len(), q[0].len() / head_dim);
         let n = n_tokens * heads;
         let scale = score_scale(head_dim);
@@ -94,11 +96,14 @@ where
         let mut parts = vec![0f32; n * width];
         let mut state = vec![(0f32, 0f32); n];
         let last = n_keys + n_tokens - 1;
-        for b in 0..last.div_ceil(KEY_BLOCK) {
+        let first_key = |token: usize| (n_keys + token).saturating_sub(window);
+        for b in first_key(0) / KEY_BLOCK..last.div_ceil(KEY_BLOCK) {
             let page = pages.page(kv_head, b);
-            // Keys of this block that a token sees.
-            let seen = |token: usize| (n_keys + token).saturating_sub(b * KEY_BLOCK).min(KEY_BLOCK);
-            let keys = page.keys.chunks_exact(head_dim).take(seen(n_tokens - 1).div_ceil(STRIP));
+            // Keys of this block that a token sees: none if its window starts behind it.
+            let within = |key: usize| key.saturating_sub(b * KEY_BLOCK).min(KEY_BLOCK);
+            let seen = |token: usize| within(first_key(token))..within(n_keys + token);
+            let end = seen(n_tokens - 1).end;
+            let keys = page.keys.chunks_exact(head_dim).take(end.div_ceil(STRIP));
             for (g, strips) in keys.enumerate() {
                 for first in (0..n).step_by(TILE) {
                     tile_sums(
@@ -120,11 +125,12 @@ where
             }
             for i in 0..n {
                 let seen = seen(i / heads);
-                if seen > 0 {
+                if !seen.is_empty() {
                     (parts[i * width], parts[i * width + 1]) = weights(&mut scores[i], seen);
                 }
             }
-            let common = seen(0);
+            // Up to here for all; what a window leaves out in front weighs nothing.
+            let common = seen(0).end;
             for (g, strips) in page.values.chunks_exact(PAGE).enumerate() {
                 for first in (0..n).step_by(TILE) {
                     tile_sums(
@@ -138,7 +144,7 @@ where
                             if query >= n {
                                 return;
                             }
-                            for key in common..seen(query / heads) {
+                            for key in common..seen(query / heads).end {
                                 let weight = l.splat(scores[query].as_flattened()[key]);
                                 let values = E::load(l, &strips[key].0[half]);
                                 sums = l.fma(values, weight, sums);
@@ -152,11 +158,12 @@ where
                     );
                 }
             }
-            for (token, out) in out.iter_mut().enumerate().filter(|(t, _)| seen(*t) > 0) {
+            for (token, out) in out.iter_mut().enumerate().filter(|(t, _)| !seen(*t).is_empty()) {
                 for (h, out) in out.chunks_exact_mut(head_dim).enumerate() {
                     let i = token * heads + h;
                     let (max, sum) = &mut state[i];
-                    merge(b == 0, max, sum, out, &parts[i * width..][..width]);
+                    let start = first_key(token) / KEY_BLOCK;
+                    merge(b == start, max, sum, out, &parts[i * width..][..width]);
                 }
             }
         }

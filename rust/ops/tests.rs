@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::activation::{Activation, add, gate_up};
-use super::attention::{KEY_BLOCK, Keys, attend, attend_blocks, block_width, merge_blocks};
+use super::attention::{ALL, KEY_BLOCK, Keys, attend, attend_blocks, block_width, merge_blocks};
 use super::attention_rows::attend_rows;
 use super::dense::{DenseMatrix, Floats};
 use super::exp::exp_in_place;
@@ -193,9 +193,15 @@ fn attention_is_the_same_everywhere_and_right() {
                 values(n * head_dim, seed).iter().map(|v| v.clamp(-2.0, 2.0)).collect()
             };
             let (k, v) = (unit(21), unit(22));
-            for dtype in [KvDtype::F16, KvDtype::F32] {
+            let cases = [
+                (KvDtype::F16, ALL),
+                (KvDtype::F32, ALL),
+                (KvDtype::F32, [1, 40, KEY_BLOCK, KEY_BLOCK + 38][n % 4]),
+            ];
+            for (dtype, window) in cases {
                 let cache = cache(shape, dtype, &k, &v, n);
-                let keys = Keys { cache: &cache, layer: 0, kv_head: 0, n_keys: n };
+                let keys = Keys { cache: &cache, layer: 0, kv_head: 0, n_keys: n, window };
+                let start = n.saturating_sub(window) * head_dim;
                 let y = same_bits("attention", |isa| {
                     let mut out = vec![0f32; q.len()];
                     attend(isa, &q, keys, &mut Vec::new(), &mut out);
@@ -219,7 +225,7 @@ fn attention_is_the_same_everywhere_and_right() {
                 }
                 for h in 0..group {
                     let q = &q[h * head_dim..][..head_dim];
-                    let right = oracle(q, &k, &v, head_dim);
+                    let right = oracle(q, &k[start..], &v[start..], head_dim);
                     for d in 0..head_dim {
                         let error = (f64::from(y[h * head_dim + d]) - right[d]).abs();
                         // Scores reach 1e4, where float32 has steps of 1e-3.
@@ -244,10 +250,19 @@ fn attention_of_several_tokens_is_that_of_each() {
         let (k, v) = (unit(23), unit(24));
         for dtype in [KvDtype::F16, KvDtype::F32] {
             let cache = cache(shape, dtype, &k, &v, n);
-            for (first, tokens) in [(1, 2), (30, 7), (127, 3), (128, 1), (120, 13), (254, 4)] {
+            for (first, tokens, window) in [
+                (1, 2, ALL),
+                (30, 7, 5),
+                (127, 3, ALL),
+                (128, 1, 128),
+                (120, 13, ALL),
+                (254, 4, 100),
+                // The block before is behind the windows of all but the first two.
+                (256, 6, 2),
+            ] {
                 let q = values(tokens * group * head_dim, 25);
                 let queries: Vec<&[f32]> = q.chunks_exact(group * head_dim).collect();
-                let keys = |n_keys| Keys { cache: &cache, layer: 0, kv_head: 0, n_keys };
+                let keys = |n_keys| Keys { cache: &cache, layer: 0, kv_head: 0, n_keys, window };
                 let found = same_bits("attention of several tokens", |isa| {
                     let mut out = vec![f32::NAN; q.len()];
                     let mut outs: Vec<&mut [f32]> =
@@ -298,7 +313,7 @@ fn later_keys_leave_no_trace() {
     for n in [1, 5, 16, 127, 128, 129] {
         let few = cache(shape, KvDtype::F16, &k[..n * 20], &v[..n * 20], n);
         let (mut a, mut b) = ([0f32; 20], [0f32; 20]);
-        let keys = |cache| Keys { cache, layer: 0, kv_head: 0, n_keys: n };
+        let keys = |cache| Keys { cache, layer: 0, kv_head: 0, n_keys: n, window: ALL };
         attend(Isa::GENERIC, &q, keys(&all), &mut Vec::new(), &mut a);
         attend(Isa::GENERIC, &q, keys(&few), &mut Vec::new(), &mut b);
         assert_eq!(a.map(f32::to_bits), b.map(f32::to_bits), "{n} keys");

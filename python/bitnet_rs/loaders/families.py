@@ -254,13 +254,20 @@ def _refuse_windows(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
-# transformers' Gemma3TextConfig: every sixth layer attends to everything.
+# What a missing field means to transformers' Gemma3TextConfig: every sixth layer attends to
+# everything, the others to so many tokens, with a rotary base of their own.
 _GEMMA3_PATTERN: Final = 6
+_GEMMA3_WINDOW: Final = 4096
+_GEMMA3_LOCAL_BASE: Final = 10000.0
 
 
 def _gemma3(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """Gemma 3's fields by their names in the core: two kinds of layers, each with its RoPE."""
-    core: dict[str, Any] = {"hidden_act": config.get("hidden_activation", "gelu_pytorch_tanh")}
+    core: dict[str, Any] = {
+        "hidden_act": config.get("hidden_activation", "gelu_pytorch_tanh"),
+        "sliding_window": config.get("sliding_window", _GEMMA3_WINDOW),
+        "rope_local_base_freq": config.get("rope_local_base_freq", _GEMMA3_LOCAL_BASE),
+    }
     n_layers = config["num_hidden_layers"]
     kinds = config.get("layer_types")
     if kinds is None:
@@ -268,7 +275,7 @@ def _gemma3(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
         every = config.get("sliding_window_pattern", every)
         if type(every) is not int or every < 1:
             raise ValueError(f"{where}: field `sliding_window_pattern` is {every!r}; wanted >= 1")
-        windowed = config.get("sliding_window") is not None
+        windowed = core["sliding_window"] is not None
         kinds = [
             "sliding_attention" if windowed and (i + 1) % every else "full_attention"
             for i in range(n_layers)
@@ -297,5 +304,5 @@ def _gemma3(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
                     f"{where}: field `rope_parameters.sliding_attention.{key}` is {value!r}; only "
                     "unscaled rotary embeddings are supported"
                 )
-        core["rope_local_base_freq"] = sliding.get("rope_theta")
+        core["rope_local_base_freq"] = sliding.get("rope_theta", _GEMMA3_LOCAL_BASE)
     return core

@@ -231,14 +231,17 @@ def _gemma3(fields: _Fields, head_dim: int) -> dict[str, Any]:
         "query_pre_attn_scalar": head_dim,
         "sliding_window": None,
     }
-    window = fields.get("attention.sliding_window")
-    if window:
-        config |= {
-            "sliding_window": fields.size("attention.sliding_window"),
-            "sliding_window_pattern": fields.size("attention.sliding_window_pattern", 6),
-            "rope_local_base_freq": fields.number("rope.freq_base_swa", 10000.0),
-        }
-    return config
+    if not fields.get("attention.sliding_window"):
+        return config
+    config |= {
+        "sliding_window": fields.size("attention.sliding_window"),
+        "rope_local_base_freq": fields.number("rope.freq_base_swa", 10000.0),
+    }
+    pattern = fields.get("attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray):  # for each layer whether it has a window
+        kinds = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
+        return config | {"layer_types": kinds}
+    return config | {"sliding_window_pattern": fields.size("attention.sliding_window_pattern", 6)}
 
 
 def _activations(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_rs.loaders.gguf_names import ARCHS, Arch, gguf_name
-from bitnet_rs.writers.gguf import Value, ValueType
+from bitnet_rs.writers.gguf import Value, ValueType, typed
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ def target_of(core_config: Mapping[str, Any]) -> Target:
             f"config.json: fields `model_type` {key[0]!r} and `hidden_act` {key[1]!r}: no GGUF "
             f"architecture for this model is known here; known: {known}. It can be written as "
             "safetensors-packed"
-        )
-    if "s" in core_config.get("layer_kinds", ""):
-        raise ValueError(
-            "config.json: field `layer_types` has sliding windows, whose pattern GGUF files do not "
-            "state in full; this model can be written as safetensors-packed"
         )
     return target
 
@@ -127,6 +122,15 @@ def metadata_of(
     }
     if target.head_sizes or head_dim * heads != core_config["hidden_size"]:
         own |= {"attention.key_length": count(head_dim), "attention.value_length": count(head_dim)}
+    if "s" in core_config.get("layer_kinds", ""):
+        local_base = float(core_config["rope_local_base_freq"])
+        own |= {
+            "attention.sliding_window": count(core_config["sliding_window"]),
+            "attention.sliding_window_pattern": typed(
+                np.array([kind == "s" for kind in core_config["layer_kinds"]]), "pattern"
+            ),
+            "rope.freq_base_swa": Value(ValueType.FLOAT32, local_base),
+        }
     return metadata | {f"{target.arch.name}.{key}": value for key, value in own.items()}
 
 
