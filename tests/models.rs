@@ -367,21 +367,21 @@ fn the_best_logits_are_those_of_the_full_head() {
 #[test]
 fn float_activations_give_the_same_bits_everywhere() {
     let sizes = [64, 128, 2, 1, 32];
-    let ids = tokens(30, 5);
+    let ids = tokens(11, 5);
     let isa = Isa::best().unwrap();
-    for model_type in ["llama", "qwen3", "gemma3_text"] {
+    for model_type in ["llama", "gemma3_text"] {
         let mut config = config(model_type, sizes);
         config.0.insert("activations".to_owned(), Value::Str("float".to_owned()));
         let mut right = None;
         for kernel in kernels::available_grouped(isa, Activations::Float).into_iter().rev() {
-            for threads in [1, 3] {
+            for threads in [3, 1].into_iter().take(if right.is_none() { 2 } else { 1 }) {
                 let mut weights = weights(model_type, sizes);
                 let down = "model.layers.0.mlp.down_proj.weight_scale".to_owned();
                 let scales = (0..128).map(|i| 0.1 + i as f32 / 64.0).collect();
                 weights.insert(down, Owned::Floats(vec![64, 2], scales));
                 let machine = machine(kernel.name(), None, threads).unwrap();
                 let model = models::load(&config, &Random(weights), machine).unwrap();
-                for chunk in [30, 1, 7] {
+                for chunk in [11, 1, 7] {
                     let mut cache = cache(&*model, KvDtype::F16);
                     let found: Vec<u32> =
                         ids.chunks(chunk).flat_map(|part| run(&*model, &mut cache, part)).collect();
