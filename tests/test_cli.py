@@ -24,6 +24,7 @@ from bitnet_rs import _core
 from bitnet_rs.cli import generate, main
 
 DATA = Path(__file__).parent / "data"
+GGUF = DATA / "gguf"
 DEMO = Path(bitnet_rs.__file__).parent / "demo"
 ENVIRONMENT = {
     **{key: value for key, value in os.environ.items() if not key.startswith("BITNET_RS_")},
@@ -481,6 +482,34 @@ def test_verify_json_and_exit_code(here: Here, tmp_path: Path) -> None:
     table = here("verify", str(DATA / "bitnet-packed"), "--golden", str(wrong))
     assert table.code == 1
     assert "FAIL  golden logits" in table.out
+
+
+def test_info_of_a_gguf_file_and_of_one_that_is_refused(here: Here, tmp_path: Path) -> None:
+    good = GGUF / "TQ1_0.gguf"
+    outcome = here("info", str(good), "--json")
+    assert outcome.code == 0, outcome
+    facts = json.loads(outcome.out)["model"]
+    assert facts["file"]["container"] == "GGUF v3"
+    assert "TQ1_0" in facts["format"]
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(good.read_bytes().replace(b"\6\0\0\0\0\0\0\0bitnet", b"\6\0\0\0\0\0\0\0mamba2"))
+    outcome = here("info", str(bad))
+    assert outcome.code == 1, outcome
+    assert "'mamba2'; supported: bitnet" in outcome.err
+    assert outcome.err.count("\n") == 1
+    for words in ("GGUF v3", "mamba2", "TQ1_0"):
+        assert words in outcome.out, outcome
+    outcome = here("info", str(bad), "--json")
+    assert "mamba2" in json.loads(outcome.out)["model"]["refused"]
+
+
+def test_bench_of_float_activations(here: Here) -> None:
+    arguments = ["--prompt-tokens", "8", "--new-tokens", "2", "--repetitions", "1", "--json"]
+    outcome = here("bench", "--synthetic", "tiny", "--activations", "float", *arguments)
+    assert outcome.code == 0, outcome
+    report = json.loads(outcome.out)
+    assert report["model"] == "synthetic tiny, float activations"
+    assert report["kernel"].endswith("-i2g-float")
 
 
 def test_bench_json_has_what_scripts_read(here: Here) -> None:

@@ -546,6 +546,10 @@ def test_every_format_gives_the_same_logits_and_so_does_the_way_back(
         assert (run_logits(back) == right).all(), to
     with bitnet_rs.load(tmp_path / "gguf-i2_s.gguf") as model:
         assert model.notes == ()
+        metadata = model.checkpoint.gguf_metadata
+        arch = metadata["general.architecture"] if metadata else ""
+        assert metadata
+        assert metadata.get(f"{arch}.pooling_type") == (3 if norms else None)
         if norms:
             assert model.embed("a text").shape == (256,)
         else:

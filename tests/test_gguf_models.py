@@ -486,7 +486,10 @@ def test_embedding_models(tmp_path: Path, arch: str) -> None:
     path = as_gguf(masters, tmp_path / "a.gguf", arch, FORMATS["I2_S x86"][0])
     checkpoint = open_checkpoint(path)
     assert checkpoint.embedding
+    assert checkpoint.notes == ()
     same_as_safetensors(written, path)
+    pooled = as_gguf(masters, tmp_path / "b.gguf", arch, FORMATS["I2_S x86"][0], pooling_type=1)
+    assert "pooling_type` is 1; embed() takes the last token, 3" in open_checkpoint(pooled).notes[0]
     core = _core.Model(checkpoint.core_config, checkpoint.weights, threads=1)
     hidden = core.forward_hidden([(IDS, core.new_cache(len(IDS), "f32"))])[0]
     wanted = _reference.embed(checkpoint.core_config, checkpoint.weights, IDS)

@@ -12,7 +12,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,11 +90,14 @@ class SyntheticModel:
         )
 
 
-def synthetic(name: str, *, seed: int = 0) -> SyntheticModel:
+def synthetic(
+    name: str, *, activations: Literal["int8", "float"] = "int8", seed: int = 0
+) -> SyntheticModel:
     """Makes a model of a known shape. Costs nothing until weights are asked for.
 
     Args:
         name: One of `SHAPES`.
+        activations: What its projections multiply.
         seed: The same seed gives the same weights, tensor by tensor, on every machine.
 
     Raises:
@@ -122,6 +125,7 @@ def synthetic(name: str, *, seed: int = 0) -> SyntheticModel:
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": shape.tied,
         "attention_bias": False,
+        "activations": activations,
     }
     return SyntheticModel(name, config, _Weights(shape, seed))
 

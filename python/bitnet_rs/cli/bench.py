@@ -71,8 +71,8 @@ def bench(
             from bitnet_rs.synthetic import synthetic as make
 
             progress(f"making random weights in the shape of {synthetic}")
-            name = f"synthetic {synthetic}"
-            random = make(synthetic)
+            name = f"synthetic {synthetic}" + (", float activations" * (activations == "float"))
+            random = make(synthetic, activations=activations or "int8")
             n_threads = choose_threads(threads)
             choice = choose_kernels(kernel, random.config, n_threads)
             core = random.build(

@@ -164,6 +164,7 @@ def _open_gguf(name: str, path: Path, options: FileOptions) -> Checkpoint:
         lossless=lossless,
         lossless_reason=reason,
         n_files_bytes=model.n_bytes,
+        notes=model.notes,
         warnings=model.warnings,
         gguf_metadata=model.metadata,
         options=options,

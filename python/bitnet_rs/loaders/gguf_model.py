@@ -8,7 +8,7 @@ are permuted in `llama` files. What changes the result and is not understood is 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
@@ -57,6 +57,9 @@ _INT8_TYPES: Final = ("I2_S", "TL1", "TL2", "IQ1_BN", "IQ2_BN", "IQ2_BN_R4")
 # What this package's own `convert` writes, where the architecture does not say it.
 ACTIVATIONS_KEY: Final = "bitnet-rs.activations"
 
+LAST_TOKEN: Final = 3
+"""llama.cpp's `pooling_type` of the embedding models."""
+
 _CURE: Final = "download or copy the file again"
 
 
@@ -75,6 +78,7 @@ class GgufModel:
         format: How weights are stored, in words.
         n_bytes: Bytes of the file or of its parts.
         warnings: What is probably wrong.
+        notes: What a user should know.
         metadata: All of the file's.
         tensors: (name, ggml type, shape) of each.
     """
@@ -89,6 +93,7 @@ class GgufModel:
     format: str
     n_bytes: int
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
     metadata: Mapping[str, Any]
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
 
@@ -126,6 +131,7 @@ def open_gguf_model(path: Path, options: FileOptions) -> GgufModel:
         format=_format(file, types, entries),
         n_bytes=file.n_bytes,
         warnings=(warning,) if warning else (),
+        notes=tuple(_pooling_notes(file)) if embedding else (),
         metadata=file.metadata,
         tensors=tuple((t.name, types[t.name].name, t.shape) for t in file.tensors.values()),
     )
@@ -267,6 +273,20 @@ def _activations(
     if any(e.kind == "ternary dense" for e in entries.values()):
         return "float", True
     return "float", False
+
+
+def _pooling_notes(file: GgufFile) -> Iterator[str]:
+    """Says so where an embedding model's file asks for another token than the last.
+
+    Microsoft's converter writes the mean where it finds no description of the pooling.
+    """
+    key = f"{file.metadata['general.architecture']}.pooling_type"
+    found = file.metadata.get(key, LAST_TOKEN)
+    if found != LAST_TOKEN:
+        yield (
+            f"{file.path}: field `{key}` is {found!r}; embed() takes the last token, {LAST_TOKEN}, "
+            "as these models were trained"
+        )
 
 
 # --- tensors --------------------------------------------------------------------------------------

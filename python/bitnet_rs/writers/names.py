@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_rs.loaders.gguf_model import LAST_TOKEN
 from bitnet_rs.loaders.gguf_names import ARCHS, Arch, gguf_name
 from bitnet_rs.writers.gguf import Value, ValueType, typed
 
@@ -85,7 +86,12 @@ def name_in_file(name: str, arch: Arch) -> str:
 
 
 def metadata_of(
-    core_config: Mapping[str, Any], target: Target, name: str, file_type: int
+    core_config: Mapping[str, Any],
+    target: Target,
+    name: str,
+    file_type: int,
+    *,
+    embedding: bool,
 ) -> dict[str, Value]:
     """Metadata of the model, without its tokenizer.
 
@@ -94,6 +100,7 @@ def metadata_of(
         target: Its architecture.
         name: A name to show.
         file_type: `general.file_type`.
+        embedding: Whether it is a model for embeddings.
     """
 
     def count(value: int) -> Value:
@@ -122,6 +129,8 @@ def metadata_of(
     }
     if target.head_sizes or head_dim * heads != core_config["hidden_size"]:
         own |= {"attention.key_length": count(head_dim), "attention.value_length": count(head_dim)}
+    if embedding:
+        own["pooling_type"] = count(LAST_TOKEN)
     if "s" in core_config.get("layer_kinds", ""):
         local_base = float(core_config["rope_local_base_freq"])
         own |= {

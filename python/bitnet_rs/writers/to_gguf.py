@@ -109,7 +109,13 @@ class GgufJob:
         self._target = target_of(source.config)
         _refuse_widths(source, encoding)
         self._parts = [self._part(tensor) for tensor in source.tensors]
-        own = metadata_of(source.config, self._target, name, encoding.file_type)
+        own = metadata_of(
+            source.config,
+            self._target,
+            name,
+            encoding.file_type,
+            embedding=any(t.name.endswith("_proj.norm.weight") for t in source.tensors),
+        )
         specs = [spec for part in self._parts for spec in self._specs(part)]
         self._layout = gguf.compose(own | dict(metadata), specs)
         self.n_bytes: Final = self._layout.n_bytes
