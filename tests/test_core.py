@@ -486,14 +486,15 @@ def test_instruction_sets_change_no_bit(model: str) -> None:
     assert all(kernel.startswith("generic-") for kernel in generic)
     assert len(set(generic.values())) == 1
     best = digests(DATA / model, "")
-    assert list(best) == KERNELS
+    if not os.environ.get("BITNET_RS_ISA"):  # else KERNELS are fewer
+        assert list(best) == KERNELS
     assert set(best.values()) == set(generic.values())
     # Each level has the kernels below it; one that this CPU lacks is as the highest it has.
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     known = set(generic)
     for isa in ("ssse3", "avx2", "avxvnni", "avx512") if x86 else ("neon", "dotprod"):
         found = digests(DATA / model, isa)
-        assert known <= set(found) <= set(KERNELS)
+        assert known <= set(found) <= set(best)
         assert set(found.values()) == set(generic.values())
         known = set(found)
 
@@ -758,7 +759,7 @@ def test_facts_count_weights_and_bytes(tmp_path: Path) -> None:
         facts: dict[str, Any] = model.facts
         assert facts["params"] == sum(sizes.values())
         assert facts["ternary_params"] == ternary
-        assert facts["ternary_bytes"] >= ternary / 4
+        assert facts["ternary_bytes"] >= ternary / 5  # t5 is the first of the generic ones
         assert facts["head_bytes"] == head
         assert facts["scan_bytes"] == scan
         assert facts["bytes_per_token"] == facts["ternary_bytes"] + norms + scan
