@@ -26,9 +26,10 @@ test-rust: rust
 	cargo bench --locked --quiet -- --test
 
 test-python: $(CORE)
-	@# The outside oracles on the scalar kernels, then everything on the best.
-	BITNET_RS_ISA=generic $(BIN)/python -m pytest -q tests/test_golden.py -k "not perplexity"
-	$(BIN)/python -m pytest
+	@# The outside oracles on the scalar kernels, then everything on the best. Two processes: most
+	@# tests keep one core busy, and more would be too many for those that measure threads.
+	BITNET_RS_ISA=generic $(BIN)/python -m pytest -q -n 2 tests/test_golden.py -k "not perplexity"
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(CORE)  ## The whole Python suite on each lower instruction set (10 minutes)
 	BITNET_RS_ISA=avx2 $(BIN)/python -m pytest -q

@@ -187,11 +187,13 @@ fn each(f: impl Fn(&str, [usize; 5], KvDtype)) {
 #[test]
 fn kernels_and_threads_give_the_same_bits() {
     let ids = tokens(150, 1);
+    // Emulated, a pass takes a second.
+    let all: &[usize] = if common::one_in() == 1 { &[1, 2, 3, 16] } else { &[2, 16] };
     each(|model_type, sizes, dtype| {
         let generic = build(model_type, sizes, "generic-i2", 1);
         let right = run(&*generic, &mut cache(&*generic, dtype), &ids);
         for kernel in kernels::available(Isa::best().unwrap()) {
-            for threads in [1, 2, 3, 16] {
+            for &threads in all {
                 let model = build(model_type, sizes, kernel.name(), threads);
                 let found = run(&*model, &mut cache(&*model, dtype), &ids);
                 assert!(found == right, "{model_type} {} {threads} threads", kernel.name());

@@ -21,12 +21,12 @@ if [[ ${1:-} == --set-up ]]; then
 fi
 export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/target/cross/qemu/usr/bin/qemu-x86_64-static
 
-# Opteron_G1 ends at SSE3; Conroe has SSSE3 but no SSE4.1; Nehalem SSE4.2;
-# SandyBridge AVX without AVX2, FMA and F16C; Haswell all of these. Floats are slow
+# Opteron_G1 ends at SSE3; Conroe has SSSE3 but no SSE4.1; SandyBridge has AVX without
+# AVX2, FMA and F16C; Haswell all of these. Floats are slow
 # here, and multiply-adds in software, which the others need, slower: few cases.
 # What is taken away ends warnings that the emulator lacks it; no test is about it.
 export BITNET_RS_TEST_ONE_IN=${BITNET_RS_TEST_ONE_IN:-7}
-for level in Opteron_G1:generic Conroe:ssse3 Nehalem:ssse3 SandyBridge:ssse3 Haswell-noTSX:avx2; do
+for level in Opteron_G1:generic Conroe:ssse3 SandyBridge:ssse3 Haswell-noTSX:avx2; do
   echo "== x86-64, emulated ${level%:*}: kernels up to ${level#*:} =="
   # Without this, a level that the emulator does not show would pass by testing less.
   QEMU_CPU=${level%:*},-pcid,-x2apic,-tsc-deadline,-invpcid BITNET_RS_TEST_HIGHEST_ISA=${level#*:} \
