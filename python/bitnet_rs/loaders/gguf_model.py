@@ -402,10 +402,16 @@ def _is_tied(file: GgufFile, types: Mapping[str, GgmlType]) -> bool:
         return True
     if head.shape != embedding.shape or types[_HEAD] != types[embedding.name]:
         return False
-    n_bytes = types[_HEAD].n_bytes(head.shape)
-    a, b = head.read(n_bytes), embedding.read(n_bytes)
-    step = 1 << 22
-    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, n_bytes, step))
+    n_bytes, step = types[_HEAD].n_bytes(head.shape), 1 << 22
+    for at in range(0, n_bytes, step):
+        # Mapped piece by piece: both as a whole would count as memory of this process.
+        a, b = (
+            Mapper().map(t.file, t.offset + at, min(step, n_bytes - at), f"tensor {t.name}")
+            for t in (head, embedding)
+        )
+        if not np.array_equal(a, b):
+            return False
+    return True
 
 
 def _refuse_unexpected(
