@@ -25,16 +25,11 @@ import numpy as np
 
 import checkpoints
 import ggufs
-from bitnet_rs.loaders.ggml_types import (
-    GgmlOptions,
-    read_floats,
-    read_scales,
-    read_trits,
-    resolve_types,
-)
+from bitnet_rs.loaders.ggml_types import read_floats, read_scales, read_trits, resolve_types
 from bitnet_rs.loaders.gguf import open_gguf
 from bitnet_rs.loaders.i2s_layout import looks_like_another_layout
 from bitnet_rs.loaders.mapped import Mapper
+from bitnet_rs.loaders.options import GgmlOptions
 from bitnet_rs.loaders.safetensors import Reader, open_folder, read_header
 from bitnet_rs.loaders.ternary_values import collapse
 

@@ -27,10 +27,11 @@ from bitnet_rs import _core, _reference
 from bitnet_rs.cli import main
 from bitnet_rs.convert import Target, convert
 from bitnet_rs.loaders import open_checkpoint
+from bitnet_rs.loaders.gguf_model import unpermuted
 from bitnet_rs.loaders.safetensors import to_float32
 from bitnet_rs.tokenizer import Tokenizer
 from bitnet_rs.writers import atomic, ggml_encode, gguf, to_gguf, to_packed
-from bitnet_rs.writers.names import permute, unpermute
+from bitnet_rs.writers.names import permute
 from bitnet_rs.writers.packed import pack
 from bitnet_rs.writers.readback import Steps
 from bitnet_rs.writers.source import Source
@@ -453,7 +454,7 @@ def test_permutations_undo_each_other() -> None:
     rows = np.arange(24 * 5).reshape(24, 5)
     for n_heads in (1, 2, 3, 4, 6):
         np.testing.assert_array_equal(from_pairs(permute(rows, n_heads), n_heads), rows)
-        np.testing.assert_array_equal(unpermute(permute(rows, n_heads), n_heads), rows)
+        np.testing.assert_array_equal(unpermuted(permute(rows, n_heads), n_heads), rows)
 
 
 def test_names_of_qwen3(tmp_path: Path) -> None:
@@ -470,7 +471,7 @@ def test_names_of_qwen3(tmp_path: Path) -> None:
         norms[f"model.layers.0.{module}.norm.weight"] = f"blk.0.{short}_norm_in.weight"
     for i, name in enumerate(norms):
         weights.arrays[name] = np.full(4, i, np.float32)
-    config = open_checkpoint(tmp_path / "in").core_config | {"model_type": "qwen3"}
+    config = open_checkpoint(tmp_path / "in").core_config | {"model_type": "qwen3", "head_dim": 64}
     job = to_gguf.GgufJob(Source(weights, config), ggml_encode.TQ2_0, "x", {})
     job.run(tmp_path / "out.gguf", Steps(job.n_bytes, None), overwrite=False)
     file = Gguf(tmp_path / "out.gguf")

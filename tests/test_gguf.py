@@ -18,10 +18,7 @@ import fuzz_gguf
 import ggufs
 from bitnet_rs.loaders import ggml_floats, ggml_trits
 from bitnet_rs.loaders.ggml_types import (
-    I2S_LAYOUTS,
-    GgmlOptions,
     GgmlType,
-    I2sLayout,
     read_floats,
     read_scales,
     read_trits,
@@ -30,6 +27,7 @@ from bitnet_rs.loaders.ggml_types import (
 from bitnet_rs.loaders.gguf import GgufFile, open_gguf
 from bitnet_rs.loaders.i2s_layout import looks_like_another_layout
 from bitnet_rs.loaders.mapped import Mapper
+from bitnet_rs.loaders.options import I2S_LAYOUTS, GgmlOptions, I2sLayout
 from bitnet_rs.loaders.safetensors import open_folder, to_float32
 from bitnet_rs.loaders.ternary_values import collapse
 from checkpoints import DATA

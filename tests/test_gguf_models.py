@@ -20,7 +20,7 @@ import bitnet_rs as br
 import ggufs
 from bitnet_rs import _core, _reference
 from bitnet_rs.loaders import Checkpoint, FileOptions, open_checkpoint
-from bitnet_rs.loaders.ggml_types import GgmlOptions
+from bitnet_rs.loaders.options import GgmlOptions
 from checkpoints import DATA, Written, decode, write
 from ggufs import Stored, Typed
 

@@ -19,10 +19,11 @@ import sentencepiece
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from bitnet_rs.loaders.gguf_tokenizer import gguf_from_tokenizer, tokenizer_from_gguf
+from bitnet_rs.loaders.gguf_tokenizer import tokenizer_from_gguf
 from bitnet_rs.loaders.sentencepiece import tokenizer_from_sentencepiece
 from bitnet_rs.loaders.tokenizer_json import AddedToken
 from bitnet_rs.tokenizer import Tokenizer
+from bitnet_rs.writers.gguf_tokenizer import gguf_from_tokenizer
 
 DATA = Path(__file__).parent / "data"
 DEMO = Path(__file__).parents[1] / "python" / "bitnet_rs" / "demo"

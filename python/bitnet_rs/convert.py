@@ -18,20 +18,21 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from bitnet_rs.loaders import Checkpoint, FileOptions, open_checkpoint
 from bitnet_rs.loaders.families import Activations
-from bitnet_rs.loaders.ggml_types import GgmlOptions, I2sLayout
-from bitnet_rs.loaders.gguf_model import ACTIVATIONS_KEY
-from bitnet_rs.loaders.gguf_tokenizer import gguf_from_tokenizer
+from bitnet_rs.loaders.options import I2sLayout, Tile
 from bitnet_rs.tokenizer import Tokenizer
-from bitnet_rs.writers.gguf import Value, ValueType, typed
-from bitnet_rs.writers.packed import packed_config
-from bitnet_rs.writers.readback import Progress, Steps
-from bitnet_rs.writers.source import Source
-from bitnet_rs.writers.to_gguf import ENCODINGS, GgufJob
-from bitnet_rs.writers.to_packed import PackedJob
+
+if TYPE_CHECKING:
+    from bitnet_rs.writers.gguf import Value
+    from bitnet_rs.writers.readback import Progress
+    from bitnet_rs.writers.source import Source
+    from bitnet_rs.writers.to_gguf import GgufJob
+    from bitnet_rs.writers.to_packed import PackedJob
+
+# The writers are imported when something is written: who generates text has no use for them.
 
 Target = Literal["gguf-i2_s", "gguf-tq2_0", "gguf-tq1_0", "safetensors-packed"]
 
@@ -100,7 +101,7 @@ def convert(
     activations: Activations | None = None,
     masters: bool = False,
     i2s_layout: I2sLayout = "x86",
-    tl_tiles: Mapping[tuple[int, int], tuple[int, int, int]] | None = None,
+    tl_tiles: Mapping[tuple[int, int], Tile] | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Writes a checkpoint in another format.
@@ -137,23 +138,16 @@ def convert(
     if to not in get_args(Target):
         raise ValueError(f"to is {to!r}; wanted one of {', '.join(get_args(Target))}")
     path = _destination(dst, to, overwrite=overwrite)
-    options = FileOptions(
-        activations=activations,
-        masters=masters,
-        ggml=GgmlOptions(i2s_layout=i2s_layout, tl_tiles=dict(tl_tiles or {})),
+    options = FileOptions.of(
+        activations=activations, masters=masters, i2s_layout=i2s_layout, tl_tiles=tl_tiles
     )
     checkpoint = open_checkpoint(src, revision=revision, options=options)
     _keep_apart(checkpoint.path, path)
+    from bitnet_rs.writers.readback import Steps
+    from bitnet_rs.writers.source import Source
+
     source = Source(checkpoint.weights, checkpoint.core_config)
-    job: GgufJob | PackedJob
-    if to == _PACKED:
-        files, notes = _files(checkpoint)
-        job = PackedJob(source, files)
-    else:
-        metadata, notes = _tokenizer_metadata(checkpoint)
-        stated = str(checkpoint.core_config["activations"])
-        metadata[ACTIVATIONS_KEY] = Value(ValueType.STRING, stated)
-        job = GgufJob(source, ENCODINGS[to], _shown_name(checkpoint), metadata)
+    job, notes = _job(checkpoint, source, to)
     if source.has_masters:
         notes += ("masters were quantized as they are at load; to train on, keep the source",)
     _check_space(path, job.n_bytes)
@@ -251,11 +245,28 @@ def _check_space(path: Path, n_bytes: int) -> None:
         )
 
 
+def _job(
+    checkpoint: Checkpoint, source: Source, to: Target
+) -> tuple[GgufJob | PackedJob, tuple[str, ...]]:
+    """What is to be done, and notes on what goes with the weights."""
+    if to == _PACKED:
+        from bitnet_rs.writers.to_packed import PackedJob
+
+        files, notes = _files(checkpoint)
+        return PackedJob(source, files), notes
+    from bitnet_rs.writers.to_gguf import ENCODINGS, GgufJob
+
+    metadata, notes = _metadata(checkpoint)
+    return GgufJob(source, ENCODINGS[to], _shown_name(checkpoint), metadata), notes
+
+
 # --- what goes with the weights ------------------------------------------------------------------
 
 
 def _files(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Config and tokenizer of packed safetensors, by file name; and notes."""
+    from bitnet_rs.writers.packed import packed_config
+
     config = packed_config(checkpoint.config, checkpoint.core_config)
     files = {"config.json": _json(config)}
     if checkpoint.generation_config:
@@ -293,17 +304,23 @@ def _shown_name(checkpoint: Checkpoint) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _tokenizer_metadata(checkpoint: Checkpoint) -> tuple[dict[str, Value], tuple[str, ...]]:
-    """The tokenizer as GGUF has it; nothing, and a note, where that cannot be."""
+def _metadata(checkpoint: Checkpoint) -> tuple[dict[str, Value], tuple[str, ...]]:
+    """What projections multiply, and the tokenizer as GGUF has it; a note where that cannot be."""
+    from bitnet_rs.loaders.gguf_model import ACTIVATIONS_KEY
+    from bitnet_rs.writers.gguf import typed
+    from bitnet_rs.writers.gguf_tokenizer import gguf_from_tokenizer
+
+    content: dict[str, Any] = {ACTIVATIONS_KEY: checkpoint.core_config["activations"]}
     try:
         tokenizer = Tokenizer.of(checkpoint)
-        content = gguf_from_tokenizer(
+        content |= gguf_from_tokenizer(
             json.loads(tokenizer.to_json()),
             tokenizer.special_tokens,
             tokenizer.chat_template,
             checkpoint.core_config["vocab_size"],
             str(checkpoint.path),
         )
+        notes = tokenizer.notes
     except (FileNotFoundError, ValueError) as error:
-        return {}, (f"without a tokenizer, so that other programs cannot run it: {error}",)
-    return {key: typed(value, key) for key, value in content.items()}, tokenizer.notes
+        notes = (f"without a tokenizer, so that other programs cannot run it: {error}",)
+    return {key: typed(value, key) for key, value in content.items()}, notes

@@ -24,7 +24,7 @@ from bitnet_rs.engine import PREFILL_TOKENS, Engine, Request, check_ids
 from bitnet_rs.kernel_choice import KernelChoice, choose_kernels, describe
 from bitnet_rs.loaders import Checkpoint, FileOptions, open_checkpoint
 from bitnet_rs.loaders.families import Activations
-from bitnet_rs.loaders.ggml_types import GgmlOptions, I2sLayout
+from bitnet_rs.loaders.options import I2sLayout, Tile
 from bitnet_rs.loaders.progress import show_progress
 from bitnet_rs.machine import choose_kernel, choose_threads
 from bitnet_rs.options import Defaults, Options, Settings, check_options, choose_context
@@ -51,7 +51,7 @@ def load(
     activations: Activations | None = None,
     masters: bool = False,
     i2s_layout: I2sLayout = "x86",
-    tl_tiles: Mapping[tuple[int, int], tuple[int, int, int]] | None = None,
+    tl_tiles: Mapping[tuple[int, int], Tile] | None = None,
 ) -> Model:
     """Loads a ternary model.
 
@@ -92,10 +92,8 @@ def load(
     choose_kernel(kernel)  # refuses an unknown name before anything is downloaded
     if kv_dtype not in ("f16", "f32"):
         raise ValueError(f"kv_dtype is {kv_dtype!r}; wanted 'f16' or 'f32'")
-    options = FileOptions(
-        activations=activations,
-        masters=masters,
-        ggml=GgmlOptions(i2s_layout=i2s_layout, tl_tiles=dict(tl_tiles or {})),
+    options = FileOptions.of(
+        activations=activations, masters=masters, i2s_layout=i2s_layout, tl_tiles=tl_tiles
     )
     checkpoint = open_checkpoint(source, revision=revision, options=options)
     for warning in checkpoint.warnings:

@@ -90,14 +90,8 @@ def info(
 def _inspect(model: str, revision: str | None, arguments: common.FileArguments) -> "Inspection":
     from bitnet_rs.inspection import inspect
     from bitnet_rs.loaders import FileOptions
-    from bitnet_rs.loaders.ggml_types import GgmlOptions
 
-    options = FileOptions(
-        activations=arguments["activations"],
-        masters=arguments["masters"],
-        ggml=GgmlOptions(i2s_layout=arguments["i2s_layout"], tl_tiles=arguments["tl_tiles"]),
-    )
-    return inspect(model, revision=revision, options=options)
+    return inspect(model, revision=revision, options=FileOptions.of(**arguments))
 
 
 def _print_found(found: "Inspection") -> None:

@@ -26,12 +26,13 @@ _CLASSES: Final[Mapping[str, tuple[Architecture, tuple[str, ...]]]] = {
     "Gemma3ForCausalLM": ("gemma3_text", ("gemma3_text",)),
     "Gemma3TextModel": ("gemma3_text", ("gemma3_text",)),
 }
-_BY_MODEL_TYPE: Final = {
+CLASS_OF: Final[Mapping[Architecture, str]] = {
     "bitnet": "BitNetForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
+"""The class of transformers that computes each architecture."""
 
 
 def architecture(config: Mapping[str, Any], where: Path) -> Architecture:
@@ -46,8 +47,9 @@ def architecture(config: Mapping[str, Any], where: Path) -> Architecture:
     """
     named = config.get("architectures")
     model_type = config.get("model_type")
-    if named is None and isinstance(model_type, str) and model_type in _BY_MODEL_TYPE:
-        named = [_BY_MODEL_TYPE[model_type]]
+    if named is None:
+        # Of a list, which has no hash, too: no type's name equals it.
+        named = [cls for kind, cls in CLASS_OF.items() if kind == model_type] or None
     if named not in [[known] for known in _CLASSES]:
         raise ValueError(
             f"{where}: field `architectures` is {named!r}; supported: one of {', '.join(_CLASSES)}"

@@ -11,7 +11,7 @@ nonsense without an error, so what cannot be told apart for certain is refused.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NoReturn
 
 import numpy as np
@@ -20,11 +20,7 @@ from numpy.typing import NDArray
 from bitnet_rs.loaders import ggml_floats, ggml_trits
 from bitnet_rs.loaders.gguf import GgufFile, GgufTensor, shown
 from bitnet_rs.loaders.mapped import Mapper, as_typed
-
-I2sLayout = Literal["x86", "arm", "rows4"]
-Tile = tuple[int, int, int]
-
-I2S_LAYOUTS: Final[tuple[I2sLayout, ...]] = ("x86", "arm", "rows4")
+from bitnet_rs.loaders.options import I2S_LAYOUTS, GgmlOptions, I2sLayout, Tile
 
 _CURE: Final = "download or copy the file again"
 # bitnet.cpp keeps this many bytes after the weights of a matrix; the first four are its scale.
@@ -73,22 +69,6 @@ class GgmlType:
             return -(-n_bytes // 32) * 32 + self.tail_bytes
         rows = n // shape[-1]
         return rows * self.row_bytes + n // self.block * self.block_bytes + self.tail_bytes
-
-
-@dataclass(frozen=True)
-class GgmlOptions:
-    """What no GGUF file says about itself.
-
-    Attributes:
-        i2s_layout: Where I2_S puts weights follows from the machine that wrote the file: `x86`
-            (groups of 128, as in all published files), `arm` (groups of 64), or `rows4` (x86
-            without ACT_PARALLEL, four rows interleaved).
-        tl_tiles: Tiles that the writer of a TL1 or TL2 file was compiled with, (BM, BK, bm) by
-            (rows, cols): bitnet.cpp's `include/kernel_config.ini` has them.
-    """
-
-    i2s_layout: I2sLayout = "x86"
-    tl_tiles: Mapping[tuple[int, int], Tile] = field(default_factory=dict)
 
 
 def _ternary(name: str, block: int, block_bytes: int, **more: Any) -> GgmlType:

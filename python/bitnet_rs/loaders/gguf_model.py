@@ -8,7 +8,7 @@ are permuted in `llama` files. What changes the result and is not understood is 
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_rs.loaders.families import (
+    CLASS_OF,
     Activations,
     Architecture,
     Axis,
@@ -37,14 +38,7 @@ from bitnet_rs.loaders.lazy import LazyWeights
 from bitnet_rs.loaders.mapped import Mapper
 from bitnet_rs.loaders.options import FileOptions
 from bitnet_rs.loaders.safetensors import to_float32
-from bitnet_rs.loaders.ternary_values import collapse, is_ternary, recover
-
-_CLASSES: Final[Mapping[Architecture, str]] = {
-    "bitnet": "BitNetForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
+from bitnet_rs.loaders.ternary_values import Recovered, Recovery, collapse, is_ternary, recover
 
 _HEAD: Final = "output.weight"
 _PROJECTION_NORM: Final = "blk.0.attn_q_norm_in.weight"
@@ -203,7 +197,7 @@ def _config(file: GgufFile, arch: Arch) -> dict[str, Any]:
     if embedding is None or len(embedding.shape) != 2:
         raise KeyError(f"tensor token_embd.weight is not in the file {file.path}, or is no matrix")
     config: dict[str, Any] = {
-        "architectures": [_CLASSES[arch.architecture]],
+        "architectures": [CLASS_OF[arch.architecture]],
         "model_type": arch.architecture,
         "hidden_act": arch.hidden_act,
         "hidden_size": hidden,
@@ -345,15 +339,15 @@ def _entries(
                 tensor,
                 "trits" if ternary else "values",
                 _factor(file, types, tensor),
-                _heads(name, dims) if arch.permuted else 0,
+                permuted_heads(name, dims) if arch.permuted else 0,
             )
             entries[name] = entry
             entries[f"{name}_scale"] = replace(entry, kind="scales")
     return entries
 
 
-def _heads(name: str, dims: Dimensions) -> int:
-    """Heads whose rows are permuted in a `llama` file: of queries and keys."""
+def permuted_heads(name: str, dims: Dimensions) -> int:
+    """Heads within which rows of a matrix are permuted in a `llama` file: those of q and k."""
     if name.endswith("q_proj.weight"):
         return dims.sizes["num_attention_heads"]
     if name.endswith("k_proj.weight"):
@@ -472,7 +466,7 @@ class GgufWeights(LazyWeights[_Entry]):
     ) -> None:
         self._types = types
         self._mapper = Mapper()
-        self._recovered: tuple[str, NDArray[np.int8]] | None = None
+        self._recovery = Recovery()
         self.has_masters: Final = masters and self._are_masters(entries)
         kept = {
             name: entry
@@ -486,22 +480,27 @@ class GgufWeights(LazyWeights[_Entry]):
         return first is not None and not is_ternary(self._floats(first.tensor))
 
     def _read(self, name: str, entry: _Entry) -> NDArray[Any]:
-        return self._readers()[entry.kind](name, entry)
-
-    def _readers(self) -> Mapping[Kind, Callable[[str, _Entry], NDArray[Any]]]:
-        return {
-            "trits": self._trits,
-            "values": self._values,
-            "scales": self._scales,
-            "norm": self._norm,
-            "dense": lambda _, entry: self._floats(entry.tensor),
-            "ternary dense": self._ternary_dense,
-        }
+        match entry.kind:
+            case "trits":
+                trits = read_trits(entry.tensor, self._types[entry.tensor.name], self._mapper)
+                return unpermuted(trits, entry.heads)
+            case "values" if self.has_masters:
+                return unpermuted(self._floats(entry.tensor), entry.heads)
+            case "values":
+                return self._recovery.trits(name, lambda: self._recover(entry))
+            case "scales":
+                return self._scales(name.removesuffix("_scale"), entry)
+            case "norm":
+                return self._norm(entry)
+            case "dense":
+                return self._floats(entry.tensor)
+            case "ternary dense":
+                return self._ternary_dense(entry)
 
     def _floats(self, tensor: GgufTensor) -> NDArray[Any]:
         return read_floats(tensor, self._types[tensor.name], self._mapper)
 
-    def _norm(self, _: str, entry: _Entry) -> NDArray[np.float32]:
+    def _norm(self, entry: _Entry) -> NDArray[np.float32]:
         weight = to_float32(self._floats(entry.tensor))
         if not np.isfinite(weight).all():
             raise ValueError(
@@ -509,20 +508,7 @@ class GgufWeights(LazyWeights[_Entry]):
             )
         return weight
 
-    def _trits(self, _: str, entry: _Entry) -> NDArray[np.int8]:
-        trits = read_trits(entry.tensor, self._types[entry.tensor.name], self._mapper)
-        return _unpermuted(trits, entry.heads)
-
-    def _values(self, name: str, entry: _Entry) -> NDArray[Any]:
-        if self.has_masters:
-            return _unpermuted(self._floats(entry.tensor), entry.heads)
-        if self._recovered and self._recovered[0] == name:
-            trits = self._recovered[1]
-            self._recovered = None
-            return trits
-        return self._recover(entry)[0]
-
-    def _recover(self, entry: _Entry) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    def _recover(self, entry: _Entry) -> Recovered:
         try:
             trits, scales = recover(self._floats(entry.tensor))
         except ValueError as error:
@@ -532,8 +518,8 @@ class GgufWeights(LazyWeights[_Entry]):
                 "cannot run here"
             ) from None
         return (
-            _unpermuted(trits, entry.heads),
-            scales if scales.size == 1 else _unpermuted(scales, entry.heads),
+            unpermuted(trits, entry.heads),
+            scales if scales.size == 1 else unpermuted(scales, entry.heads),
         )
 
     def _scales(self, name: str, entry: _Entry) -> NDArray[np.float32]:
@@ -541,10 +527,9 @@ class GgufWeights(LazyWeights[_Entry]):
         if type_.kind == "ternary":
             scales = collapse(read_scales(entry.tensor, type_, self._mapper))
             if scales.size > 1:
-                scales = _unpermuted(scales, entry.heads)
+                scales = unpermuted(scales, entry.heads)
         else:
-            trits, scales = self._recover(entry)
-            self._recovered = (name.removesuffix("_scale"), trits)
+            scales = self._recovery.scales(name, lambda: self._recover(entry))
         if entry.factor is None:
             return scales
         factor = to_float32(self._floats(entry.factor)).reshape(())
@@ -555,7 +540,7 @@ class GgufWeights(LazyWeights[_Entry]):
             )
         return scales * factor
 
-    def _ternary_dense(self, _: str, entry: _Entry) -> NDArray[Any]:
+    def _ternary_dense(self, entry: _Entry) -> NDArray[Any]:
         """Trits times scales, which float16 holds exactly where it is what scales are stored in."""
         tensor, type_ = entry.tensor, self._types[entry.tensor.name]
         rows, cols = tensor.shape
@@ -580,12 +565,17 @@ class GgufWeights(LazyWeights[_Entry]):
         found = any(
             self[name].size > 1 for name, entry in self._entries.items() if entry.kind == "scales"
         )
-        self._recovered = None
+        self._recovery.clear()
         return found
 
 
-def _unpermuted(rows: NDArray[Any], heads: int) -> NDArray[Any]:
-    """Rows of queries or keys in the order of halves; `convert_hf_to_gguf.py` interleaves them."""
+def unpermuted(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows of queries or keys in the order of halves; `convert_hf_to_gguf.py` interleaves them.
+
+    Args:
+        rows: The first axis is heads * head_dim.
+        heads: Query or key heads; 0 leaves rows as they are.
+    """
     if not heads:
         return rows
     parts = rows.reshape(heads, -1, 2, rows.shape[1])

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_rs.loaders import ggml_trits
-from bitnet_rs.loaders.ggml_types import I2S_LAYOUTS, GgmlType, I2sLayout, read_floats
+from bitnet_rs.loaders.ggml_types import GgmlType, read_floats
 from bitnet_rs.loaders.gguf import GgufFile, GgufTensor
+from bitnet_rs.loaders.options import I2S_LAYOUTS, I2sLayout
 from bitnet_rs.loaders.safetensors import to_float32
 
 # Norms, and the matrices that multiply what they give. Of those that have a norm before them, the

@@ -4,6 +4,7 @@ For the loaders of every container, which differ in how one tensor is read and i
 this. Apart from them for that reason.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,9 +26,9 @@ class LazyWeights(Mapping[str, NDArray[Any]], Generic[_Entry]):
         self._entries = entries
         self._path = path
 
+    @abstractmethod
     def _read(self, name: str, entry: _Entry) -> NDArray[Any]:
         """Reads one tensor."""
-        raise NotImplementedError
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._entries:

@@ -13,7 +13,7 @@ that no architecture here has.
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, get_args
@@ -33,7 +33,7 @@ from bitnet_rs.loaders.families import (
 )
 from bitnet_rs.loaders.lazy import LazyWeights
 from bitnet_rs.loaders.safetensors import Reader, TensorInfo, to_float32
-from bitnet_rs.loaders.ternary_values import is_ternary, recover
+from bitnet_rs.loaders.ternary_values import Recovered, Recovery, is_ternary, recover
 
 # How an entry is stored; "values" are floats that are ternary already, "scales" are theirs.
 Kind = Literal["packed", "masters", "values", "scale", "scales", "norm", "dense"]
@@ -254,11 +254,14 @@ class Weights(LazyWeights[_Entry]):
         super().__init__(entries, folder)
         self._form = form
         self._reader = Reader()
-        self._recovered: tuple[str, NDArray[np.int8]] | None = None
+        self._recovery = Recovery()
 
     def _read(self, name: str, entry: _Entry) -> NDArray[Any]:
-        if entry.kind in ("values", "scales"):
-            return self._values(name, entry)
+        if entry.kind == "values":
+            return self._recovery.trits(name, lambda: self._recover(entry))
+        if entry.kind == "scales":
+            matrix = name.removesuffix("_scale")
+            return self._recovery.scales(matrix, lambda: self._recover(entry))
         array = self._reader.read(entry.info)
         match entry.kind:
             case "scale":
@@ -268,31 +271,21 @@ class Weights(LazyWeights[_Entry]):
             case _:
                 return array
 
-    def _values(self, name: str, entry: _Entry) -> NDArray[Any]:
-        """Trits or scales of floats that are ternary: both are found at once."""
-        matrix = name.removesuffix("_scale")
-        if entry.kind == "values" and self._recovered and self._recovered[0] == matrix:
-            trits = self._recovered[1]
-            self._recovered = None
-            return trits
+    def _recover(self, entry: _Entry) -> Recovered:
         try:
-            trits, scales = recover(self._reader.read(entry.info))
+            return recover(self._reader.read(entry.info))
         except ValueError as error:
             raise ValueError(
                 f"{entry.info.file}: tensor {entry.info.name} {error}. Other matrices of this "
                 "checkpoint are ternary; the file is damaged or of a model with float layers, "
                 "which is not supported"
             ) from None
-        if entry.kind == "values":
-            return trits
-        self._recovered = (matrix, trits)
-        return scales
 
     def has_groups(self) -> bool:
         """Whether some matrix has several scales; reads all matrices that may."""
         scales = [name for name, entry in self._entries.items() if entry.kind == "scales"]
         found = any(self[name].size > 1 for name in scales)
-        self._recovered = None
+        self._recovery.clear()
         return found
 
 
@@ -350,16 +343,17 @@ def canonical_weights(
     for name, kind, axes in expected:
         plus_one = kind == "norm" and stored_less_one(name, arch)
         stored: Kind = form.kind if kind == "projection" else kind
-        _add(entries, on_disk, _Entry(_MISSING, stored, dims.shape(axes), plus_one), name, folder)
+        info = _find(on_disk, name, folder)
+        entries[name] = _Entry(info, stored, dims.shape(axes), plus_one)
         _check_header(entries[name], axes, dims, where)
         if kind != "projection":
             continue
         scale = f"{name}_scale"
         if form.kind == "packed":
-            _add(entries, on_disk, _Entry(_MISSING, "scale", (1,)), scale, folder)
+            entries[scale] = _Entry(_find(on_disk, scale, folder), "scale", (1,))
             _check_header(entries[scale], ((),), dims, where)
         elif form.kind == "values":
-            entries[scale] = _Entry(entries[name].info, "scales", (1,))
+            entries[scale] = _Entry(info, "scales", (1,))
     for name, info in on_disk.items():
         if name not in entries and not (tied and name == "lm_head.weight"):
             _refuse_unexpected(name, info, arch, dims, where)
@@ -373,26 +367,17 @@ def stored_less_one(name: str, arch: str) -> bool:
     return arch == "gemma3_text" and own
 
 
-_MISSING: Final = TensorInfo("", "", (), Path(), 0, 0)
-
-
-def _add(
-    entries: dict[str, _Entry],
-    on_disk: Mapping[str, TensorInfo],
-    entry: _Entry,
-    name: str,
-    folder: Path,
-) -> None:
+def _find(on_disk: Mapping[str, TensorInfo], name: str, folder: Path) -> TensorInfo:
     if name not in on_disk:
         hint = (
             "; a packed projection needs its scale, and nothing else says how large it is"
-            if entry.kind == "scale"
+            if name.endswith("_scale")
             else "; sub-norms are part of the BitNet architecture"
             if "sub_norm" in name
             else ""
         )
         raise KeyError(f"tensor {name} is not in the checkpoint {folder}{hint}")
-    entries[name] = replace(entry, info=on_disk[name])
+    return on_disk[name]
 
 
 def format_of(weights: Weights) -> str:

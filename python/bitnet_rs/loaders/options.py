@@ -4,11 +4,31 @@ For `open_checkpoint` and whoever passes the options on to it. Apart because eac
 some of it and none of them owns it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Final, Literal, Self, get_args
 
 from bitnet_rs.loaders.families import Activations
-from bitnet_rs.loaders.ggml_types import GgmlOptions
+
+I2sLayout = Literal["x86", "arm", "rows4"]
+I2S_LAYOUTS: Final[tuple[I2sLayout, ...]] = get_args(I2sLayout)
+Tile = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class GgmlOptions:
+    """What no GGUF file says about itself.
+
+    Attributes:
+        i2s_layout: Where I2_S puts weights follows from the machine that wrote the file: `x86`
+            (groups of 128, as in all published files), `arm` (groups of 64), or `rows4` (x86
+            without ACT_PARALLEL, four rows interleaved).
+        tl_tiles: Tiles that the writer of a TL1 or TL2 file was compiled with, (BM, BK, bm) by
+            (rows, cols): bitnet.cpp's `include/kernel_config.ini` has them.
+    """
+
+    i2s_layout: I2sLayout = "x86"
+    tl_tiles: Mapping[tuple[int, int], Tile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,3 +59,15 @@ class FileOptions:
             )
         if not isinstance(self.masters, bool):
             raise TypeError(f"masters is {self.masters!r}; wanted True or False")
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        activations: Activations | None,
+        masters: bool,
+        i2s_layout: I2sLayout,
+        tl_tiles: Mapping[tuple[int, int], Tile] | None,
+    ) -> Self:
+        """The options as `load` and `convert` take them, one by one."""
+        return cls(activations, masters, GgmlOptions(i2s_layout, dict(tl_tiles or {})))

@@ -5,7 +5,7 @@ Ternary-Bonsai, a revision of Falcon-E. Trits and scales are recovered exactly; 
 other value is refused, never rounded. Apart from `names.py` since this is arithmetic on values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +20,10 @@ _BLOCK: Final = 64
 _CHUNK: Final = 1 << 19
 
 
-def recover(stored: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+Recovered = tuple[NDArray[np.int8], NDArray[np.float32]]
+
+
+def recover(stored: NDArray[Any]) -> Recovered:
     """Recovers a ternary matrix from its values.
 
     Args:
@@ -55,6 +58,31 @@ def recover(stored: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]
         part = trits[rows].reshape(size.shape)
         np.subtract(some.view(np.int8), negative.view(np.int8) << 1, out=part)
     return trits, collapse(scales)
+
+
+class Recovery:
+    """Trits and scales that are asked for apart, and found at once: scales first, as the core does.
+
+    Keeps the trits of the matrix whose scales were asked for last.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[str, NDArray[np.int8]] | None = None
+
+    def scales(self, name: str, recover_it: Callable[[], Recovered]) -> NDArray[np.float32]:
+        """The scales of the matrix `name`."""
+        trits, scales = recover_it()
+        self._kept = (name, trits)
+        return scales
+
+    def trits(self, name: str, recover_it: Callable[[], Recovered]) -> NDArray[np.int8]:
+        """The trits of the matrix `name`, which are not kept any longer."""
+        kept, self._kept = self._kept, None
+        return kept[1] if kept is not None and kept[0] == name else recover_it()[0]
+
+    def clear(self) -> None:
+        """Keeps nothing."""
+        self._kept = None
 
 
 def is_ternary(stored: NDArray[Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_rs.loaders.families import Dimensions
 from bitnet_rs.loaders.gguf_model import LAST_TOKEN
 from bitnet_rs.loaders.gguf_names import ARCHS, Arch, gguf_name
 from bitnet_rs.writers.gguf import Value, ValueType, typed
@@ -87,6 +88,7 @@ def name_in_file(name: str, arch: Arch) -> str:
 
 def metadata_of(
     core_config: Mapping[str, Any],
+    dims: Dimensions,
     target: Target,
     name: str,
     file_type: int,
@@ -97,6 +99,7 @@ def metadata_of(
 
     Args:
         core_config: A config that the core accepts.
+        dims: Its sizes.
         target: Its architecture.
         name: A name to show.
         file_type: `general.file_type`.
@@ -106,8 +109,8 @@ def metadata_of(
     def count(value: int) -> Value:
         return Value(ValueType.UINT32, value)
 
-    heads = core_config["num_attention_heads"]
-    head_dim = core_config.get("head_dim") or core_config["hidden_size"] // heads
+    heads, head_dim = dims.sizes["num_attention_heads"], dims.sizes["head_dim"]
+    hidden = dims.sizes["hidden_size"]
     metadata = {
         "general.architecture": Value(ValueType.STRING, target.arch.name),
         "general.type": Value(ValueType.STRING, "model"),
@@ -116,18 +119,18 @@ def metadata_of(
         "general.quantization_version": count(2),
     }
     own = {
-        "vocab_size": count(core_config["vocab_size"]),
+        "vocab_size": count(dims.sizes["vocab_size"]),
         "context_length": count(core_config["max_position_embeddings"]),
-        "embedding_length": count(core_config["hidden_size"]),
-        "block_count": count(core_config["num_hidden_layers"]),
-        "feed_forward_length": count(core_config["intermediate_size"]),
+        "embedding_length": count(hidden),
+        "block_count": count(dims.n_layers),
+        "feed_forward_length": count(dims.sizes["intermediate_size"]),
         "rope.dimension_count": count(head_dim),
         "rope.freq_base": Value(ValueType.FLOAT32, rope_theta(core_config)),
         "attention.head_count": count(heads),
-        "attention.head_count_kv": count(core_config.get("num_key_value_heads") or heads),
+        "attention.head_count_kv": count(dims.sizes["num_key_value_heads"]),
         "attention.layer_norm_rms_epsilon": Value(ValueType.FLOAT32, core_config["rms_norm_eps"]),
     }
-    if target.head_sizes or head_dim * heads != core_config["hidden_size"]:
+    if target.head_sizes or head_dim * heads != hidden:
         own |= {"attention.key_length": count(head_dim), "attention.value_length": count(head_dim)}
     if embedding:
         own["pooling_type"] = count(LAST_TOKEN)
@@ -158,13 +161,3 @@ def permute(rows: NDArray[Any], n_heads: int) -> NDArray[Any]:
     """
     halves = rows.reshape(n_heads, 2, -1, *rows.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def unpermute(rows: NDArray[Any], n_heads: int) -> NDArray[Any]:
-    """The other way round: the row that was at 2 i + j of a head goes to j * head_dim / 2 + i."""
-    head_dim = len(rows) // n_heads
-    first = np.arange(len(rows)) // head_dim * head_dim
-    place = np.arange(len(rows)) % head_dim
-    half, i = place // (head_dim // 2), place % (head_dim // 2)
-    back: NDArray[Any] = rows[first + 2 * i + half]
-    return back

@@ -17,19 +17,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_rs.loaders.families import CLASS_OF, Architecture
 from bitnet_rs.loaders.names import ACTIVATIONS_FIELD
 from bitnet_rs.writers.layout import Layout, Slot
 
 # safetensors' own limit for the JSON header.
 _LONGEST_HEADER: Final = 100_000_000
 
-# The class of transformers that computes each architecture of the core.
-_CLASSES: Final = {
-    "bitnet": "BitNetForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
 # Fields that belong to the checkpoint that was read: code of its own, and a form of its own.
 _NOT_KEPT: Final = frozenset(
     {"auto_map", "weight_bits", "input_bits", "is_bitnet_config", "quantization_config"}
@@ -118,9 +112,8 @@ def packed_config(config: Mapping[str, Any], core_config: Mapping[str, Any]) -> 
             runs, and its `tie_word_embeddings` what the tensors are.
     """
     kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
-    arch = core_config["model_type"]
-    if arch in _CLASSES:
-        kept |= {"architectures": [_CLASSES[arch]], "model_type": arch}
+    arch: Architecture = core_config["model_type"]
+    kept |= {"architectures": [CLASS_OF[arch]], "model_type": arch}
     if core_config["activations"] != "int8":
         kept[ACTIVATIONS_FIELD] = core_config["activations"]
     return kept | {

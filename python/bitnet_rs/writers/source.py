@@ -8,12 +8,14 @@ trits with multiplying scales after that. Masters become trits by the core's own
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_rs import _core
+from bitnet_rs.loaders.families import PROJECTIONS, Dimensions
 from bitnet_rs.loaders.safetensors import to_float32
 
 DTYPES: Final = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
@@ -82,6 +84,7 @@ class Source:
 
     Attributes:
         config: The same.
+        dims: Its sizes.
         tensors: All of them, in the order of the checkpoint.
 
     Raises:
@@ -93,7 +96,10 @@ class Source:
         self.config: Final = config
         self._weights = weights
         self._names = frozenset(weights)
-        shapes = _projection_shapes(config)
+        self.dims: Final = Dimensions.from_config(config, Path("config.json"))
+        shapes = {
+            name.rpartition(".")[2]: self.dims.shape(axes) for name, axes in PROJECTIONS.items()
+        }
         self.tensors: Final[list[Matrix | Float]] = []
         for name in weights:
             projection = name.removesuffix(".weight").rpartition(".")[2]
@@ -233,20 +239,3 @@ def refuse_zero(name: str, scale: float) -> None:
             f"tensor {name} has the scale {scale}; wanted a finite number above zero. The file is "
             "damaged"
         )
-
-
-def _projection_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Rows and columns of each projection."""
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    kv = (config.get("num_key_value_heads") or heads) * head_dim
-    return {
-        "q_proj": (heads * head_dim, hidden),
-        "k_proj": (kv, hidden),
-        "v_proj": (kv, hidden),
-        "o_proj": (hidden, heads * head_dim),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-    }

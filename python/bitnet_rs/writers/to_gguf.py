@@ -13,9 +13,10 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_rs.loaders import ggml_trits
+from bitnet_rs.loaders.gguf_model import permuted_heads, unpermuted
 from bitnet_rs.writers import gguf
 from bitnet_rs.writers.atomic import new_file, sync
-from bitnet_rs.writers.ggml_decode import decode_rows
 from bitnet_rs.writers.ggml_encode import (
     BLOCK_ENCODERS,
     I2_S,
@@ -34,7 +35,6 @@ from bitnet_rs.writers.names import (
     permute,
     rope_theta,
     target_of,
-    unpermute,
 )
 from bitnet_rs.writers.readback import Digest, Steps, differs, digest_of, digest_of_slot, read
 from bitnet_rs.writers.source import Float, Matrix, Source, listed, refuse_groups, refuse_zero
@@ -111,6 +111,7 @@ class GgufJob:
         self._parts = [self._part(tensor) for tensor in source.tensors]
         own = metadata_of(
             source.config,
+            source.dims,
             self._target,
             name,
             encoding.file_type,
@@ -148,12 +149,9 @@ class GgufJob:
         scale_name = None
         if self._encoding.block_scales and self._target.scale_tensors and _beyond_float16(tensor):
             scale_name = f"{name.removesuffix('.weight')}.scale"
-        config = self._source.config
         n_heads = 0
-        if self._target.arch.permuted and tensor.name.endswith("q_proj.weight"):
-            n_heads = config["num_attention_heads"]
-        elif self._target.arch.permuted and tensor.name.endswith("k_proj.weight"):
-            n_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        if self._target.arch.permuted:
+            n_heads = permuted_heads(tensor.name, self._source.dims)
         return _Part(tensor, name, scale_name, n_heads)
 
     def _specs(self, part: _Part) -> Iterator[TensorSpec]:
@@ -249,6 +247,10 @@ class GgufJob:
         slot, encoding = self._layout.slots[part.name], self._encoding
         trits, scales = _Trits(part.n_heads), wanted.scales
         assert scales is not None
+        if encoding.block_scales:
+            units = ggml_trits.units_of(encoding.name, matrix.cols)
+        else:
+            units = ggml_trits.i2_s("x86", matrix.cols)
         row_bytes = (slot.n_bytes - encoding.tail_bytes) // matrix.rows
         step = max(1, _CHUNK // matrix.cols)
         for first in range(0, matrix.rows, step):
@@ -256,19 +258,23 @@ class GgufJob:
             data = read(file, slot.offset + first * row_bytes, n_rows * row_bytes)
             if len(data) != n_rows * row_bytes:
                 return False
-            rows, found = decode_rows(data, encoding, matrix.cols)
+            try:
+                rows = ggml_trits.unpack(data, (n_rows, matrix.cols), units)
+            except ggml_trits.DamagedError:
+                return False
             trits.feed(rows)
-            if encoding.block_scales:
+            if units.scales is not None:
+                found = units.scales(data.reshape(-1, units.n_bytes)).reshape(n_rows, -1)
                 d = scales if len(scales) == 1 else scales[first : first + n_rows]
-                used = rows.reshape(n_rows, found.shape[1], -1).any(axis=2)
-                if not np.array_equal(found.view("<f2")[:, :, 0], np.where(used, d, 0)):
+                used = rows.reshape(*found.shape, -1).any(axis=2)
+                if not np.array_equal(found, np.where(used, d, 0)):
                     return False
         if not encoding.block_scales and not _same_tail(file, slot, encoding, scales):
             return False
         if part.scale_name and wanted.apart is not None:
             apart = self._layout.slots[part.scale_name]
-            found = read(file, apart.offset, apart.n_bytes)
-            if found.tobytes() != wanted.apart.astype("<f4").tobytes():
+            stored = read(file, apart.offset, apart.n_bytes)
+            if stored.tobytes() != wanted.apart.astype("<f4").tobytes():
                 return False
         return trits.digest() == wanted.digest
 
@@ -289,7 +295,7 @@ class _Trits:
 
     def digest(self) -> bytes:
         if self._n_heads:
-            self._digest.feed(unpermute(np.concatenate(self._held), self._n_heads))
+            self._digest.feed(unpermuted(np.concatenate(self._held), self._n_heads))
         return self._digest.end()
 
 
