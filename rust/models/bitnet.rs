@@ -6,10 +6,11 @@
 //! `down_proj`, inside what is quantized.
 
 use super::batch::{self, Segment, Wanted};
-use super::scratch::{Scratch, Scratches};
-use super::steps::{self, Qkv, angles, attention, embed, norm_prepare, q_k_v, zip_rows};
-use super::weights::{Embeddings, ternary, vector};
-use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
+use super::frame::{Architecture, Frame};
+use super::scratch::Scratch;
+use super::steps::{Qkv, angles, attention, embed, norm_prepare, q_k_v, zip_rows};
+use super::weights::{ternary, vector};
+use super::{ConfigMap, Dims, Logits, Machine, Weights};
 use crate::error::Error;
 use crate::kernels::{PackedMatrix, multiply, multiply_pair};
 use crate::ops::activation::{Activation, add, gate_up};
@@ -18,14 +19,10 @@ use crate::ops::rope::Rope;
 
 /// The model.
 pub(super) struct Bitnet {
-    dims: Dims,
+    frame: Frame,
     activation: Activation,
-    machine: Machine,
     rope: Rope,
-    embeddings: Embeddings,
     layers: Vec<Layer>,
-    norm: Vec<f32>,
-    scratches: Scratches,
 }
 
 struct Layer {
@@ -92,22 +89,26 @@ impl Bitnet {
     ) -> Result<Self, Error> {
         let dims = Dims::read(config)?;
         let activation = config.hidden_act(&[Activation::Relu2, Activation::Silu])?;
-        // First: it stays mapped, and the pages that were read of it may go before the
-        // layers take memory.
-        let embeddings = Embeddings::new(weights, &machine, &dims)?;
-        let layers = (0..dims.n_layers)
-            .map(|i| Layer::new(weights, &machine, &dims, i))
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
-            rope: Rope::new(dims.head_dim, dims.rope_theta),
-            embeddings,
-            norm: vector(weights, "model.norm.weight", dims.hidden)?,
-            layers,
-            scratches: Scratches::default(),
-            activation,
-            machine: machine.stopped(),
-            dims,
-        })
+        let rope = Rope::new(dims.head_dim, dims.rope_theta);
+        let (frame, layers) =
+            Frame::new(dims, weights, machine, |m, d, i| Layer::new(weights, m, d, i))?;
+        Ok(Self { frame, rope, activation, layers })
+    }
+}
+
+impl Architecture for Bitnet {
+    const NAME: &'static str = "bitnet";
+
+    fn frame(&self) -> &Frame {
+        &self.frame
+    }
+
+    fn projections(&self) -> impl Iterator<Item = &PackedMatrix> {
+        self.layers.iter().flat_map(Layer::projections)
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &[f32]> {
+        self.layers.iter().flat_map(Layer::norms)
     }
 
     fn run(
@@ -116,10 +117,11 @@ impl Bitnet {
         batch: &mut [Segment<'_>],
         wanted: Wanted<'_>,
     ) -> Result<Logits, Error> {
-        let (d, m, eps) = (&self.dims, &self.machine, self.dims.eps);
+        let Frame { dims: d, machine: m, embeddings, .. } = &self.frame;
+        let eps = d.eps;
         s.fit(d)?;
         angles(m, &self.rope, &s.rows, d.head_dim, &mut s.angles);
-        embed(&self.embeddings.tokens, batch, &mut s.h);
+        embed(&embeddings.tokens, batch, &mut s.h);
         m.team.lap("embedding");
         let mut wants = batch::wants(batch, wanted);
         for (index, layer) in self.layers.iter().enumerate() {
@@ -156,40 +158,6 @@ impl Bitnet {
             m.team.lap("down");
             zip_rows(m, &mut s.h, &s.delta, d.hidden, |h, delta| add(m.isa, h, delta));
         }
-        let Scratch { h, normed, scan, .. } = s;
-        let logits = steps::logits(m, h, &wants, &self.norm, eps, &self.embeddings, normed, scan)?;
-        batch::commit(batch);
-        Ok(logits)
-    }
-}
-
-impl Model for Bitnet {
-    fn dims(&self) -> &Dims {
-        &self.dims
-    }
-
-    fn architecture(&self) -> &'static str {
-        "bitnet"
-    }
-
-    fn machine(&self) -> &Machine {
-        &self.machine
-    }
-
-    fn facts(&self) -> Facts {
-        let projections = self.layers.iter().flat_map(Layer::projections);
-        let norms = self.layers.iter().flat_map(Layer::norms).chain([&self.norm[..]]);
-        Facts::count(projections, norms, &self.embeddings)
-    }
-
-    fn head_use(&self) -> HeadUse {
-        self.embeddings.head_use()
-    }
-
-    fn pass(&self, batch: &mut [Segment<'_>], wanted: Wanted<'_>) -> Result<Logits, Error> {
-        self.scratches.with(|scratch| {
-            batch::rows(self, batch, wanted, &mut scratch.rows)?;
-            self.machine.team.run(|| self.run(scratch, batch, wanted))?
-        })
+        self.frame.finish(s, batch, &wants)
     }
 }

@@ -12,28 +12,26 @@
 
 use super::batch::{self, Segment, Wanted};
 use super::bit_linear::BitLinear;
-use super::scratch::{Scratch, Scratches};
-use super::steps::{self, Qkv, angles, attention, embed, norm_rows, q_k_v, zip_rows};
-use super::weights::{Embeddings, vector};
-use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
+use super::frame::{Architecture, Frame};
+use super::scratch::Scratch;
+use super::steps::{Qkv, angles, attention, embed, norm_rows, q_k_v, zip_rows};
+use super::weights::vector;
+use super::{ConfigMap, Dims, Logits, Machine, Weights};
 use crate::error::{Error, invalid};
+use crate::kernels::PackedMatrix;
 use crate::ops::activation::{Activation, add};
 use crate::ops::attention::ALL;
 use crate::ops::rope::Rope;
 
 /// The model.
 pub(super) struct Gemma3 {
-    dims: Dims,
-    machine: Machine,
+    frame: Frame,
     /// Of layers that attend to everything, and of those with a window.
     ropes: [Rope; 2],
     /// Tokens that the latter see.
     window: usize,
     embed_scale: f32,
-    embeddings: Embeddings,
     layers: Vec<Layer>,
-    norm: Vec<f32>,
-    scratches: Scratches,
 }
 
 struct Layer {
@@ -162,26 +160,28 @@ impl Gemma3 {
                 ));
             }
         }
-        // First: it stays mapped, and the pages that were read of it may go before the
-        // layers take memory.
-        let embeddings = Embeddings::new(weights, &machine, &dims)?;
-        let layers = kinds
-            .into_iter()
-            .enumerate()
-            .map(|(i, sliding)| Layer::new(weights, &machine, &dims, i, sliding))
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
-            ropes: [dims.rope_theta, local_theta].map(|theta| Rope::new(dims.head_dim, theta)),
-            window,
-            // In float32, as transformers has it where the weights are.
-            embed_scale: (dims.hidden as f64).sqrt() as f32,
-            embeddings,
-            norm: vector(weights, "model.norm.weight", dims.hidden)?,
-            layers,
-            scratches: Scratches::default(),
-            machine: machine.stopped(),
-            dims,
-        })
+        let ropes = [dims.rope_theta, local_theta].map(|theta| Rope::new(dims.head_dim, theta));
+        // In float32, as transformers has it where the weights are.
+        let embed_scale = (dims.hidden as f64).sqrt() as f32;
+        let (frame, layers) =
+            Frame::new(dims, weights, machine, |m, d, i| Layer::new(weights, m, d, i, kinds[i]))?;
+        Ok(Self { frame, ropes, window, embed_scale, layers })
+    }
+}
+
+impl Architecture for Gemma3 {
+    const NAME: &'static str = "gemma3_text";
+
+    fn frame(&self) -> &Frame {
+        &self.frame
+    }
+
+    fn projections(&self) -> impl Iterator<Item = &PackedMatrix> {
+        self.layers.iter().flat_map(Layer::projections).map(|p| &p.w)
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &[f32]> {
+        self.layers.iter().flat_map(Layer::norms)
     }
 
     fn run(
@@ -190,7 +190,8 @@ impl Gemma3 {
         batch: &mut [Segment<'_>],
         wanted: Wanted<'_>,
     ) -> Result<Logits, Error> {
-        let (d, m, eps) = (&self.dims, &self.machine, self.dims.eps);
+        let Frame { dims: d, machine: m, embeddings, .. } = &self.frame;
+        let eps = d.eps;
         s.fit(d)?;
         // Those of the first layer in front.
         let mut sliding = self.layers.first().is_some_and(|layer| layer.sliding);
@@ -199,7 +200,7 @@ impl Gemma3 {
         if self.layers.iter().any(|layer| layer.sliding != sliding) {
             angles(m, other, &s.rows, d.head_dim, &mut s.other_angles);
         }
-        embed(&self.embeddings.tokens, batch, &mut s.h);
+        embed(&embeddings.tokens, batch, &mut s.h);
         s.h.iter_mut().for_each(|x| *x *= self.embed_scale);
         m.team.lap("embedding");
         let mut wants = batch::wants(batch, wanted);
@@ -237,40 +238,6 @@ impl Gemma3 {
             norm_rows(m, &s.delta, &layer.post_feedforward_layernorm, eps, &mut s.a);
             zip_rows(m, &mut s.h, &s.a, d.hidden, |h, delta| add(m.isa, h, delta));
         }
-        let Scratch { h, normed, scan, .. } = s;
-        let logits = steps::logits(m, h, &wants, &self.norm, eps, &self.embeddings, normed, scan)?;
-        batch::commit(batch);
-        Ok(logits)
-    }
-}
-
-impl Model for Gemma3 {
-    fn dims(&self) -> &Dims {
-        &self.dims
-    }
-
-    fn architecture(&self) -> &'static str {
-        "gemma3_text"
-    }
-
-    fn machine(&self) -> &Machine {
-        &self.machine
-    }
-
-    fn facts(&self) -> Facts {
-        let projections = self.layers.iter().flat_map(Layer::projections).map(|p| &p.w);
-        let norms = self.layers.iter().flat_map(Layer::norms).chain([&self.norm[..]]);
-        Facts::count(projections, norms, &self.embeddings)
-    }
-
-    fn head_use(&self) -> HeadUse {
-        self.embeddings.head_use()
-    }
-
-    fn pass(&self, batch: &mut [Segment<'_>], wanted: Wanted<'_>) -> Result<Logits, Error> {
-        self.scratches.with(|scratch| {
-            batch::rows(self, batch, wanted, &mut scratch.rows)?;
-            self.machine.team.run(|| self.run(scratch, batch, wanted))?
-        })
+        self.frame.finish(s, batch, &wants)
     }
 }

@@ -5,6 +5,7 @@ mod batch;
 mod bit_linear;
 mod bitnet;
 mod config;
+mod frame;
 mod gemma3;
 mod llama;
 mod qwen3;

@@ -8,24 +8,22 @@
 
 use super::batch::{self, Segment, Wanted};
 use super::bit_linear::BitLinear;
-use super::scratch::{Scratch, Scratches};
-use super::steps::{self, Qkv, angles, attention, embed, q_k_v, zip_rows};
-use super::weights::{Embeddings, vector};
-use super::{ConfigMap, Dims, Facts, HeadUse, Logits, Machine, Model, Weights};
+use super::frame::{Architecture, Frame};
+use super::scratch::Scratch;
+use super::steps::{Qkv, angles, attention, embed, q_k_v, zip_rows};
+use super::weights::vector;
+use super::{ConfigMap, Dims, Logits, Machine, Weights};
 use crate::error::Error;
+use crate::kernels::PackedMatrix;
 use crate::ops::activation::{Activation, add};
 use crate::ops::attention::ALL;
 use crate::ops::rope::Rope;
 
 /// The model.
 pub(super) struct Qwen3 {
-    dims: Dims,
-    machine: Machine,
+    frame: Frame,
     rope: Rope,
-    embeddings: Embeddings,
     layers: Vec<Layer>,
-    norm: Vec<f32>,
-    scratches: Scratches,
 }
 
 struct Layer {
@@ -91,21 +89,26 @@ impl Qwen3 {
     ) -> Result<Self, Error> {
         let dims = Dims::read(config)?;
         config.hidden_act(&[Activation::Silu])?;
-        // First: it stays mapped, and the pages that were read of it may go before the
-        // layers take memory.
-        let embeddings = Embeddings::new(weights, &machine, &dims)?;
-        let layers = (0..dims.n_layers)
-            .map(|i| Layer::new(weights, &machine, &dims, i))
-            .collect::<Result<_, _>>()?;
-        Ok(Self {
-            rope: Rope::new(dims.head_dim, dims.rope_theta),
-            embeddings,
-            norm: vector(weights, "model.norm.weight", dims.hidden)?,
-            layers,
-            scratches: Scratches::default(),
-            machine: machine.stopped(),
-            dims,
-        })
+        let rope = Rope::new(dims.head_dim, dims.rope_theta);
+        let (frame, layers) =
+            Frame::new(dims, weights, machine, |m, d, i| Layer::new(weights, m, d, i))?;
+        Ok(Self { frame, rope, layers })
+    }
+}
+
+impl Architecture for Qwen3 {
+    const NAME: &'static str = "qwen3";
+
+    fn frame(&self) -> &Frame {
+        &self.frame
+    }
+
+    fn projections(&self) -> impl Iterator<Item = &PackedMatrix> {
+        self.layers.iter().flat_map(Layer::projections).map(|p| &p.w)
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &[f32]> {
+        self.layers.iter().flat_map(Layer::norms)
     }
 
     fn run(
@@ -114,10 +117,10 @@ impl Qwen3 {
         batch: &mut [Segment<'_>],
         wanted: Wanted<'_>,
     ) -> Result<Logits, Error> {
-        let (d, m, eps) = (&self.dims, &self.machine, self.dims.eps);
+        let Frame { dims: d, machine: m, embeddings, .. } = &self.frame;
         s.fit(d)?;
         angles(m, &self.rope, &s.rows, d.head_dim, &mut s.angles);
-        embed(&self.embeddings.tokens, batch, &mut s.h);
+        embed(&embeddings.tokens, batch, &mut s.h);
         m.team.lap("embedding");
         let mut wants = batch::wants(batch, wanted);
         for (index, layer) in self.layers.iter().enumerate() {
@@ -147,40 +150,6 @@ impl Qwen3 {
             m.team.lap("down");
             zip_rows(m, &mut s.h, &s.delta, d.hidden, |h, delta| add(m.isa, h, delta));
         }
-        let Scratch { h, normed, scan, .. } = s;
-        let logits = steps::logits(m, h, &wants, &self.norm, eps, &self.embeddings, normed, scan)?;
-        batch::commit(batch);
-        Ok(logits)
-    }
-}
-
-impl Model for Qwen3 {
-    fn dims(&self) -> &Dims {
-        &self.dims
-    }
-
-    fn architecture(&self) -> &'static str {
-        "qwen3"
-    }
-
-    fn machine(&self) -> &Machine {
-        &self.machine
-    }
-
-    fn facts(&self) -> Facts {
-        let projections = self.layers.iter().flat_map(Layer::projections).map(|p| &p.w);
-        let norms = self.layers.iter().flat_map(Layer::norms).chain([&self.norm[..]]);
-        Facts::count(projections, norms, &self.embeddings)
-    }
-
-    fn head_use(&self) -> HeadUse {
-        self.embeddings.head_use()
-    }
-
-    fn pass(&self, batch: &mut [Segment<'_>], wanted: Wanted<'_>) -> Result<Logits, Error> {
-        self.scratches.with(|scratch| {
-            batch::rows(self, batch, wanted, &mut scratch.rows)?;
-            self.machine.team.run(|| self.run(scratch, batch, wanted))?
-        })
+        self.frame.finish(s, batch, &wants)
     }
 }
