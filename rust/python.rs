@@ -725,6 +725,11 @@ mod _core {
     #[allow(non_upper_case_globals)]
     const batch_inputs: [usize; kernels::INPUTS.len() - 1] = super::batch_inputs();
 
+    /// Tokens of a page of keys and values.
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const kv_page: usize = crate::kv_cache::PAGE;
+
     #[pymodule_export]
     use super::{
         _absmean, _exp, _gemm, _gemv, _kernels_for, _rms_norm, PyKvCache, PyModel, PyPackedMatrix,

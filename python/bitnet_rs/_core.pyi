@@ -27,6 +27,7 @@ __all__ = [
     "grouped_kernels",
     "kernels",
     "kv_bytes",
+    "kv_page",
     "measure_kernels",
     "projections",
     "read_bandwidth",
@@ -38,6 +39,9 @@ build_profile: Final[str]
 
 batch_inputs: Final[list[int]]
 """Numbers of tokens in a step from which on the entries of `batch_kernels` are used."""
+
+kv_page: Final[int]
+"""Tokens whose keys and values are taken, and shared, together."""
 
 def kernels() -> list[str]:
     """Names of the kernels this CPU can run, fastest first; the last is scalar.
