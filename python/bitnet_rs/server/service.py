@@ -167,8 +167,9 @@ class Service:
             ValueError: As `Model.request`.
         """
         limit = self.settings.max_tokens
-        if limit is not None and settings.max_tokens is None:
-            default_max_tokens = min(default_max_tokens or limit, limit)
+        if limit is not None:
+            wanted = settings.max_tokens or default_max_tokens or limit
+            settings = replace(settings, max_tokens=min(wanted, limit))
         requests: list[Request] = []
         stops: list[tuple[str, ...]] = []
         for i, prompt in enumerate(prompts):
