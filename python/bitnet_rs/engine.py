@@ -43,7 +43,7 @@ from bitnet_rs.sampling import Logprobs, SamplingParams
 PREFILL_TOKENS = 256
 
 # The same where somebody waits for the end of the step: others decode, or have prompts of their own.
-SHARED_PREFILL_TOKENS = 128
+SHARED_PREFILL_TOKENS = 64
 
 # Prompt tokens of a request for their log-probabilities in one forward: each is a whole row of
 # logits, half a megabyte for a vocabulary of 128,256.
