@@ -438,8 +438,8 @@ def test_metrics(server: Served) -> None:
         server.model.encode(PROMPT)
     )
     assert 0 < metric(after, "bitnet_rs_kv_bytes") <= metric(after, "bitnet_rs_kv_limit_bytes")
-    assert metric(after, "bitnet_rs_active_sequences") == 0
-    assert metric(after, "bitnet_rs_queue_length") == 0
+    assert metric(after, "bitnet_rs_sequences_active") == 0
+    assert metric(after, "bitnet_rs_sequences_waiting") == 0
     assert 'bitnet_rs_requests_total{endpoint="/v1/completions",status="400"}' in after
     server.client.get("/some/where/else")
     assert "some/where" not in server.client.get("/metrics").text  # no label for whoever asks
