@@ -380,7 +380,7 @@ def test_chat_log_probabilities(server: Served, client: openai.OpenAI) -> None:
     assert "".join(entry.token for entry in entries) == whole.choices[0].message.content
     assert entries[0].bytes == list(entries[0].token.encode())
     assert [len(entry.top_logprobs) for entry in entries] == [2] * len(entries)
-    streamed = []
+    streamed: list[Any] = []
     with client.chat.completions.create(
         model="demo", messages=messages, stream=True, **options
     ) as chunks:
@@ -438,8 +438,8 @@ def test_metrics(server: Served) -> None:
         server.model.encode(PROMPT)
     )
     assert 0 < metric(after, "bitnet_rs_kv_bytes") <= metric(after, "bitnet_rs_kv_limit_bytes")
-    assert metric(after, "bitnet_rs_sequences_active") == 0
-    assert metric(after, "bitnet_rs_sequences_waiting") == 0
+    assert metric(after, "bitnet_rs_active_sequences") == 0
+    assert metric(after, "bitnet_rs_queue_length") == 0
     assert 'bitnet_rs_requests_total{endpoint="/v1/completions",status="400"}' in after
     server.client.get("/some/where/else")
     assert "some/where" not in server.client.get("/metrics").text  # no label for whoever asks
@@ -466,9 +466,9 @@ def test_embeddings(tmp_path: Path) -> None:
                     input=texts,
                     encoding_format=form,  # type: ignore[arg-type]
                 )
-                rows = [each.embedding for each in found.data]
+                rows: Any = [each.embedding for each in found.data]
                 if form == "base64":
-                    rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]  # type: ignore[arg-type]
+                    rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
                 np.testing.assert_array_equal(np.array(rows, np.float32), expected)
         ids = [model.encode(text) for text in texts]
         for given, rows_wanted in (
@@ -825,16 +825,20 @@ def test_a_client_that_stops_reading(server: Served) -> None:
     server.wait_idle(5)
 
 
+JSON_HEAD = (
+    b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+)
+
+
 @pytest.mark.parametrize(
     "sent",
     [
         b"\x00\x01\x02\x03\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
-        b"Content-Length: 6\r\n\r\nhello",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
-        b"Content-Type: application/json\r\n\r\nZZ\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        b"POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, gzip\r\n\r\nZZ\r\n",
+        JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
         b"GET /" + b"a" * 60_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
     ],
@@ -939,9 +943,10 @@ def test_settings() -> None:
     assert ServerSettings(host="0.0.0.0").host_names is None
     assert ServerSettings(allowed_hosts=("*",)).host_names is None
     assert "model.example" in (ServerSettings(allowed_hosts=("Model.Example",)).host_names or ())
+    wrong: dict[str, Any]
     for wrong in ({"api_key": ""}, {"api_key": "ä"}, {"cors_origins": ("example.com",)}):
         with pytest.raises(ValueError, match=r"; wanted"):
-            ServerSettings(**wrong)  # type: ignore[arg-type]
+            ServerSettings(**wrong)
 
 
 def test_a_path_is_not_told(tmp_path: Path) -> None:

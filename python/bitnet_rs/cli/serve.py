@@ -71,8 +71,8 @@ def serve(
         ),
     ] = None,
     max_body: Annotated[
-        int, typer.Option("--max-body", min=1000, help="Most bytes of a request's body.")
-    ] = 8_000_000,
+        float, typer.Option("--max-body", min=0.001, help="Most megabytes of a request's body.")
+    ] = 8.0,
     drain_timeout: Annotated[
         float,
         typer.Option(
@@ -118,7 +118,7 @@ def serve(
         allowed_hosts=tuple(allow_host or ()),
         max_queue=max_queue,
         max_tokens=max_tokens,
-        max_body=max_body,
+        max_body=int(max_body * 1e6),
         drain_timeout=drain_timeout,
         log_requests=log_requests,
     )

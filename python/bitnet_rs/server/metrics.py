@@ -29,8 +29,8 @@ _DURATION = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 # Name, field of `EngineStats`, help.
 _GAUGES = (
-    ("sequences_waiting", "waiting", "Sequences that wait to be admitted"),
-    ("sequences_active", "active", "Sequences that run"),
+    ("queue_length", "waiting", "Sequences that wait to be admitted"),
+    ("active_sequences", "active", "Sequences that run"),
     ("batch_tokens", "batch_tokens", "Tokens in the last step"),
     ("kv_bytes", "kv_bytes", "Memory of keys and values, kept prefixes included"),
     ("kv_limit_bytes", "kv_limit", "The most that keys and values may take"),
@@ -43,7 +43,7 @@ _COUNTERS = (
     ("generated_tokens", "generated_tokens", "Tokens generated"),
     ("prefix_cache_lookups", "prefix_lookups", "Prompts that were begun"),
     ("prefix_cache_hits", "prefix_hits", "Prompts that began with keys and values at hand"),
-    ("sequences_finished", "finished", "Sequences that ended, for whatever reason"),
+    ("finished_sequences", "finished", "Sequences that ended, for whatever reason"),
 )
 
 
