@@ -5,10 +5,6 @@
 // What it reads is hostile until proven otherwise: it becomes text nodes in elements made here,
 // never markup. Pictures are not fetched, and links lead to the web or to a mail program only.
 
-// ---- Elements ---------------------------------------------------------------------------------
-
-const $ = (id) => document.getElementById(id);
-
 /** Makes an element. Strings among the children become text, whatever they hold. */
 function el(tag, properties = {}, ...children) {
   const { data, aria, ...plain } = properties;
@@ -17,54 +13,6 @@ function el(tag, properties = {}, ...children) {
   Object.assign(made.dataset, data);
   made.append(...children);
   return made;
-}
-
-function icon(name, solid = false) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("class", solid ? "icon solid" : "icon");
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(document.createElementNS(svg.namespaceURI, "use"));
-  svg.firstChild.setAttribute("href", `#${name}`);
-  return svg;
-}
-
-function iconButton(name, label, onclick) {
-  return el("button", { type: "button", title: label, aria: { label }, onclick }, icon(name));
-}
-
-async function copy(text, button) {
-  try {
-    await navigator.clipboard.writeText(text);
-  } catch {
-    // Only secure origins have a clipboard; plain http from another machine has this.
-    const area = el("textarea", { value: text, className: "unseen" });
-    document.body.append(area);
-    area.select();
-    const copied = document.execCommand("copy");
-    area.remove();
-    button.focus();
-    if (!copied) return toast("The browser does not let this page copy.");
-  }
-  const before = [...button.childNodes];
-  button.replaceChildren(button.title ? icon("done") : "Copied");
-  say("Copied");
-  setTimeout(() => button.replaceChildren(...before), 1500);
-}
-
-/** Has a screen reader say something, without moving anyone's focus. */
-function say(text) {
-  $("speech").append(el("p", {}, text));
-  while ($("speech").childNodes.length > 20) $("speech").firstChild.remove();
-}
-
-let toastTimer = 0;
-function toast(text, label, onclick) {
-  clearTimeout(toastTimer);
-  const hide = () => { $("toast").hidden = true; };
-  $("toast").replaceChildren(el("span", {}, text));
-  if (label) $("toast").append(el("button", { type: "button", onclick() { hide(); onclick(); } }, label));
-  $("toast").hidden = false;
-  toastTimer = setTimeout(hide, 8000);
 }
 
 // ---- Markdown, within a line ------------------------------------------------------------------
@@ -177,7 +125,7 @@ function inline(text, open) {
       for (const run of text.matchAll(/`+/g)) (runs[run[0].length] ??= []).push(run.index);
       for (const list of Object.values(runs)) list.reverse();
     }
-    const list = runs[length];
+    const list = runs[length] ?? [];
     while (list.length && list[list.length - 1] < end) list.pop();
     if (list.length || (open && end < text.length)) {
       const close = list.pop() ?? text.length;
@@ -534,7 +482,7 @@ class Blocks {
   }
 
   text(tag) {
-    const element = el(tag, { dir: "auto" });
+    const element = el(tag);
     this.into.append(element);
     return new Paragraph(element, this.dirty);
   }
