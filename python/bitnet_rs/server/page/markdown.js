@@ -20,7 +20,8 @@ function el(tag, properties = {}, ...children) {
 // Deeper nesting is text: layout recurses, and a model can write a million asterisks.
 const MOST_NESTED = 16;
 const PLAIN = /[^\\`*_~[\]!<h\n]+/y;
-const TARGET = /\(\s*<?((?:[^\s()<>]|\([^\s()<>]{0,500}\)){1,2000})>?(?:\s+(?:"[^"\n]{0,500}"|'[^'\n]{0,500}'))?\s*\)/y;
+const TARGET =
+  /\(\s*<?((?:[^\s()<>]|\([^\s()<>]{0,500}\)){1,2000})>?(?:\s+(?:"[^"\n]{0,500}"|'[^'\n]{0,500}'))?\s*\)/y;
 const TARGET_BEGUN = /\([^\s()]*$/y;
 const ANGLED = /<((?:https?:\/\/|mailto:)[^\s<>]{1,2000})>/y;
 // Without the invisible characters that turn the direction of text: an address shows as it is.
@@ -37,7 +38,9 @@ function link(address, label) {
   let url;
   try { url = new URL(address); } catch { return null; }
   if (!["http:", "https:", "mailto:"].includes(url.protocol)) return null;
-  const made = el("a", { href: url.href, target: "_blank", rel: "noopener noreferrer nofollow", title: url.href }, ...label);
+  const { href } = url;
+  const rel = "noopener noreferrer nofollow";
+  const made = el("a", { href, title: href, target: "_blank", rel }, ...label);
   if (made.textContent === address && !url.username) return made;
   // A label may say anything, so the host that a click goes to stands beside it.
   const host = el("span", { className: "host" }, ` (${url.host || url.pathname})`);
@@ -63,8 +66,8 @@ function inline(text, open) {
   const put = (...added) => {
     const { nodes } = top();
     for (const node of added) {
-      if (typeof node === "string" && typeof nodes.at(-1) === "string") nodes.push(nodes.pop() + node);
-      else nodes.push(node);
+      const joins = typeof node === "string" && typeof nodes.at(-1) === "string";
+      nodes.push(joins ? nodes.pop() + node : node);
     }
   };
   const dissolve = () => {
@@ -87,7 +90,8 @@ function inline(text, open) {
     const [outer, inner] = frames.slice(-2);
     // Of `***`, which is two frames, either may be closed first.
     if (inner.kind !== kind && outer.kind === kind && !outer.nodes.length) {
-      [outer.kind, outer.mark, inner.kind, inner.mark] = [inner.kind, inner.mark, outer.kind, outer.mark];
+      [outer.kind, inner.kind] = [inner.kind, outer.kind];
+      [outer.mark, inner.mark] = [inner.mark, outer.mark];
     }
     const made = el(WRAPPERS[kind]);
     for (const node of pop(kind)) made.append(node);
@@ -102,7 +106,8 @@ function inline(text, open) {
     const kinds = marks.map((mark) => character + mark.length);
     const before = text[at - 1] ?? " ", after = text[end] ?? " ";
     const word = /[\p{L}\p{N}]/u;
-    const means = kinds.every((kind) => WRAPPERS[kind]) && !(character === "_" && word.test(before) && word.test(after));
+    const within = character === "_" && word.test(before) && word.test(after);
+    const means = !within && kinds.every((kind) => WRAPPERS[kind]);
     at = end;
     if (means && kinds.every((kind) => counts[kind]) && /\S/.test(before)) {
       const depth = (kind) => frames.findLastIndex((frame) => frame.kind === kind);
@@ -130,7 +135,8 @@ function inline(text, open) {
     if (list.length || (open && end < text.length)) {
       const close = list.pop() ?? text.length;
       const inside = text.slice(end, close).replaceAll("\n", " ");
-      put(el("code", {}, inside.length > 2 && inside.startsWith(" ") && inside.endsWith(" ") ? inside.slice(1, -1) : inside));
+      const padded = inside.length > 2 && inside.startsWith(" ") && inside.endsWith(" ");
+      put(el("code", {}, padded ? inside.slice(1, -1) : inside));
       at = close + length;
     } else {
       if (!open) put(text.slice(at, end));
@@ -169,10 +175,12 @@ function inline(text, open) {
 
   function address() {
     const angled = text[at] === "<";
-    const found = counts["["] || (!angled && /\w/.test(text[at - 1] ?? "")) ? null : matchAt(angled ? ANGLED : BARE, text, at);
+    const none = counts["["] || (!angled && /\w/.test(text[at - 1] ?? ""));
+    const found = none ? null : matchAt(angled ? ANGLED : BARE, text, at);
     let shown = found?.[angled ? 1 : 0] ?? "";
     // A sentence's own full stop or closing bracket is no part of the address.
-    while (!angled && (/[.,:;!?'*_~\]]$/.test(shown) || (shown.endsWith(")") && !shown.includes("(")))) shown = shown.slice(0, -1);
+    const tail = () => /[.,:;!?'*_~\]]$/.test(shown) || (shown.endsWith(")") && !shown.includes("("));
+    while (!angled && tail()) shown = shown.slice(0, -1);
     const made = shown && link(shown, [shown]);
     put(made || text[at]);
     at += made ? shown.length + (angled ? 2 : 0) : 1;
@@ -239,23 +247,27 @@ function indent(line) {
 /** Characters of a line that make up its first `columns` columns of white space. */
 function charactersOf(line, columns) {
   let at = 0;
-  for (let seen = 0; seen < columns && /[ \t]/.test(line[at] ?? ""); at += 1) seen += line[at] === "\t" ? 4 : 1;
+  for (let seen = 0; seen < columns && /[ \t]/.test(line[at] ?? ""); at += 1) {
+    seen += line[at] === "\t" ? 4 : 1;
+  }
   return at;
 }
 
 function beginsBlock(line) {
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
+  return [FENCE, HEADING, RULE, QUOTE, ITEM].some((pattern) => pattern.test(line));
 }
 
 // A block has `accepts(line)`: how many characters to take off a line that belongs to it, or -1;
 // `take(line, whole)`; `close()`. Those that draw late are put into `dirty`, with `render(open)`.
 
+/** A paragraph, or a heading: one that takes no second line. */
 class Paragraph {
   constructor(element, dirty) {
     Object.assign(this, { element, dirty, lines: [], part: "", closed: false });
+    this.heading = element.tagName !== "P";
   }
 
-  accepts(line) { return /\S/.test(line) ? 0 : -1; }
+  accepts() { return -1; }
 
   take(line, whole) {
     const text = line.trimStart();
@@ -274,7 +286,7 @@ class Paragraph {
     // The next line may make it the head of a table.
     if (open && lines.at(-1)?.startsWith("|")) lines.pop();
     let text = lines.join("\n").trimEnd();
-    if (/^h\d$/i.test(this.element.tagName)) text = text.replace(/(?<! ) +#+$/, "");
+    if (this.heading) text = text.replace(/(?<! ) +#+$/, "");
     this.element.replaceChildren(inline(text, open));
   }
 }
@@ -292,8 +304,11 @@ class Code {
     this.last = new Text("");
     this.code = el("code", {}, el("span", {}, this.last));
     const label = language.trim().split(/\s/)[0] || "text";
-    const button = el("button", { type: "button", aria: { label: "Copy the code" }, onclick: () => copy(this.text, button) }, "Copy");
-    into.append(el("div", { className: "code" }, el("div", {}, label, button), el("pre", { tabIndex: 0, aria: { label: `Code, ${label}` } }, this.code)));
+    const onclick = () => copy(this.text, button);
+    const button = el("button", { type: "button", aria: { label: "Copy the code" }, onclick }, "Copy");
+    // In the tab order, so that the keyboard can scroll long lines.
+    const pre = el("pre", { tabIndex: 0, aria: { label: `Code, ${label}` } }, this.code);
+    into.append(el("div", { className: "code" }, el("div", {}, label, button), pre));
     this.room = Code.LINES;
   }
 
@@ -338,9 +353,11 @@ class Code {
 class Table {
   constructor(into, head, delimiters, dirty) {
     this.dirty = dirty;
-    this.align = Table.cells(delimiters).map((cell) => (/^:-*:$/.test(cell) ? "center" : cell.endsWith(":") ? "right" : ""));
+    const alignment = (cell) => (/^:-*:$/.test(cell) ? "center" : cell.endsWith(":") ? "right" : "");
+    this.align = Table.cells(delimiters).map(alignment);
     this.body = el("tbody");
-    into.append(el("div", { className: "table" }, el("table", {}, el("thead", {}, this.row("th", head, false)), this.body)));
+    const table = el("table", {}, el("thead", {}, this.row("th", head, false)), this.body);
+    into.append(el("div", { className: "table" }, table));
     this.waiting = [];
     this.growing = null;
   }
@@ -354,7 +371,9 @@ class Table {
 
   row(tag, line, open) {
     const cells = Table.cells(line);
-    return el("tr", {}, ...this.align.map((className, i) => el(tag, { className }, inline(cells[i] ?? "", open && i >= cells.length - 1))));
+    const made = this.align.map((className, i) =>
+      el(tag, { className }, inline(cells[i] ?? "", open && i >= cells.length - 1)));
+    return el("tr", {}, ...made);
   }
 
   accepts(line) { return line.includes("|") && !FENCE.test(line) ? 0 : -1; }
@@ -370,7 +389,8 @@ class Table {
   render(open) {
     this.growing?.remove();
     this.growing = this.part ? this.row("td", this.part, open) : null;
-    this.body.append(...this.waiting.map((line) => this.row("td", line, false)), ...(this.growing ? [this.growing] : []));
+    for (const line of this.waiting) this.body.append(this.row("td", line, false));
+    if (this.growing) this.body.append(this.growing);
     this.waiting = [];
   }
 }
@@ -463,7 +483,7 @@ class Blocks {
   /** The block that a line belongs to, and from which character on. */
   find(line) {
     const now = this.current;
-    const paragraph = now instanceof Paragraph ? now : null;
+    const paragraph = now instanceof Paragraph && !now.heading ? now : null;
     if (now && !paragraph) {
       const from = now.accepts(line);
       if (from >= 0) return { block: now, from };
@@ -496,9 +516,7 @@ class Blocks {
     }
     const heading = HEADING.exec(line);
     if (heading) {
-      const block = this.enter(this.text(`h${heading[1].length}`));
-      this.current = null;
-      return { block: { take: (rest, whole) => { block.take(rest, whole); if (whole) block.close(); } }, from: heading[0].length };
+      return { block: this.enter(this.text(`h${heading[1].length}`)), from: heading[0].length };
     }
     if (paragraph && this.tabulate(line, paragraph)) return { block: null, from: 0 };
     if (RULE.test(line)) {
@@ -525,7 +543,8 @@ class Blocks {
     const head = paragraph.lines.at(-1);
     if (!head?.includes("|") || !/^[\s|:-]+$/.test(line)) return false;
     const delimiters = Table.cells(line);
-    if (Table.cells(head).length !== delimiters.length || !delimiters.every((cell) => /^:?-+:?$/.test(cell))) return false;
+    if (!delimiters.every((cell) => /^:?-+:?$/.test(cell))) return false;
+    if (Table.cells(head).length !== delimiters.length) return false;
     paragraph.lines.pop();
     if (!paragraph.lines.length) paragraph.element.remove();
     this.enter(new Table(this.into, head, line, this.dirty));
