@@ -109,11 +109,11 @@ function inline(text, open) {
     const within = character === "_" && word.test(before) && word.test(after);
     const means = !within && kinds.every((kind) => WRAPPERS[kind]);
     at = end;
-    if (means && kinds.every((kind) => counts[kind]) && /\S/.test(before)) {
+    if (open && end === text.length) {
+      // Half of a mark, perhaps: the next characters say what it is.
+    } else if (means && kinds.every((kind) => counts[kind]) && /\S/.test(before)) {
       const depth = (kind) => frames.findLastIndex((frame) => frame.kind === kind);
       for (const kind of kinds.sort((a, b) => depth(b) - depth(a))) wrap(kind);
-    } else if (open && end === text.length) {
-      // Half of a mark, perhaps: it shows when the next characters say what it is.
     } else if (means && /\S/.test(after)) {
       kinds.forEach((kind, i) => push(kind, marks[i]));
     } else {
@@ -287,6 +287,7 @@ class Paragraph {
     if (open && lines.at(-1)?.startsWith("|")) lines.pop();
     let text = lines.join("\n").trimEnd();
     if (this.heading) text = text.replace(/(?<! ) +#+$/, "");
+    this.element.hidden = !text;
     this.element.replaceChildren(inline(text, open));
   }
 }
