@@ -34,7 +34,9 @@ class Process:
         self.printed = ""
         assert child.stderr is not None
         end = time.monotonic() + 60
-        while not (found := re.search(r"^serving (\S+) at (http://\S+)$", self.printed, re.M)):
+        while not (
+            found := re.search(r"^serving (\S+) at (http://\S+)$", self.printed, re.MULTILINE)
+        ):
             assert select.select([child.stderr], [], [], end - time.monotonic())[0], self.printed
             line = child.stderr.readline()
             assert line, f"it ended: {self.printed}"

@@ -7,6 +7,7 @@ is in `test_serve.py`.
 import asyncio
 import base64
 import json
+import re
 import socket
 import subprocess
 import threading
@@ -16,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import numpy as np
 import openai
 import pytest
-from checkpoints import write
-from serving import Served, occupied, serving, wait_until
 
 import bitnet_rs
+import soak_server
 from bitnet_rs import Model
 from bitnet_rs.server import settings as server_settings
 from bitnet_rs.server.settings import ServerSettings
+from checkpoints import write
+from serving import Served, occupied, serving, wait_until
 
 PROMPT = "Once upon a time there was"
 HELLO = [{"role": "user", "content": "Hello! How are you?"}]
@@ -309,6 +312,161 @@ def test_a_conversation_goes_on_where_it_was(server: Served) -> None:
     assert 50 < usage["prompt_tokens_details"]["cached_tokens"] < usage["prompt_tokens"]
 
 
+# --- Text of a given form, and calls of tools. ---
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "kind": {"enum": ["cat", "dog"]},
+    },
+    "required": ["name", "age", "kind"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Looks up the {name} of a city",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "maxLength": 10}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("weather", "time")
+]
+
+
+def test_json_schema(client: openai.OpenAI) -> None:
+    messages: Any = HELLO
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA}}
+    found = client.chat.completions.create(
+        model="demo",
+        messages=messages,
+        response_format=wanted,
+        max_tokens=60,
+        n=3,
+        temperature=1.2,
+        seed=1,
+    )
+    for choice in found.choices:
+        assert choice.message.content is not None
+        jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+        assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"response_format": {"type": "json_object"}}, r"\{.*\}"),
+        ({"response_format": {"type": "text"}}, r".+"),
+        ({"regex": "[0-9]{3}-[a-f]{2,4}"}, r"[0-9]{3}-[a-f]{2,4}"),
+        ({"response_format": {"type": "regex", "regex": "(yes|no)!"}}, r"(yes|no)!"),
+        ({"grammar": 'start: "a" ("b" | "c") "d"'}, r"a[bc]d"),
+        ({"response_format": {"type": "grammar", "grammar": 'start: "x"'}}, r"x"),
+    ],
+)
+@pytest.mark.parametrize("route", ["chat/completions", "completions"])
+def test_forms(server: Served, route: str, fields: dict[str, Any], pattern: str) -> None:
+    given: dict[str, Any] = {"messages": HELLO} if route[1] == "h" else {"prompt": PROMPT}
+    for stream in (False, True):
+        response = server.post(f"/v1/{route}", **given, **fields, max_tokens=40, stream=stream)
+        text = ""
+        for part in events(response.text) if stream else [response.json()]:
+            choice = part["choices"][0]
+            text += choice.get("text") or choice.get("delta", choice.get("message", {})).get(
+                "content", ""
+            )
+        assert re.fullmatch(pattern, text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"regex": "("}, "regex", "unclosed group"),
+        ({"grammar": "start: ("}, "grammar", "Expected"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+            "response_format",
+            "type",
+        ),
+        ({"tools": [{"type": "magic"}]}, "tools[0]", "not supported"),
+        ({"tools": TOOLS, "tool_choice": "perhaps"}, "tool_choice", "'perhaps'"),
+        ({"tool_choice": "required"}, "tool_choice", "no tools"),
+        (
+            {"tools": TOOLS, "tool_choice": "required", "regex": "a"},
+            "regex",
+            "regex and tool_choice are given",
+        ),
+    ],
+)
+def test_forms_that_are_none(
+    server: Served, fields: dict[str, Any], param: str, message: str
+) -> None:
+    response = server.post("/v1/chat/completions", messages=HELLO, **fields)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == param
+    assert message in error["message"]
+
+
+def test_a_call_of_a_named_tool(client: openai.OpenAI) -> None:
+    messages: Any = HELLO
+    options: Any = {
+        "model": "demo",
+        "messages": messages,
+        "tools": TOOLS,
+        "tool_choice": {"type": "function", "function": {"name": "time"}},
+        "max_tokens": 60,
+        "seed": 1,
+    }
+    whole = client.chat.completions.create(**options).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.content is None
+    (call,) = whole.message.tool_calls
+    assert call.id.startswith("call_")
+    assert call.function.name == "time"
+    jsonschema.validate(json.loads(call.function.arguments), TOOLS[1]["function"]["parameters"])
+    streamed: list[Any] = []
+    reason = None
+    with client.chat.completions.create(**options, stream=True) as chunks:
+        for chunk in chunks:
+            streamed += chunk.choices[0].delta.tool_calls or []
+            reason = chunk.choices[0].finish_reason
+            assert not chunk.choices[0].delta.content
+    assert reason == "tool_calls"
+    assert [each.index for each in streamed] == [0]
+    assert streamed[0].function.name == call.function.name
+    assert streamed[0].function.arguments == call.function.arguments
+
+
+def test_required_calls_and_their_results(client: openai.OpenAI) -> None:
+    messages: list[Any] = [*HELLO]
+    options: Any = {"model": "demo", "tools": TOOLS, "max_tokens": 120, "temperature": 1, "seed": 2}
+    message = (
+        client.chat.completions.create(messages=messages, tool_choice="required", **options)
+        .choices[0]
+        .message
+    )
+    assert message.tool_calls
+    assert {call.function.name for call in message.tool_calls} <= {"weather", "time"}  # type: ignore[union-attr]
+    messages.append(message)
+    messages += [
+        {"role": "tool", "tool_call_id": call.id, "content": "12"} for call in message.tool_calls
+    ]
+    answer = client.chat.completions.create(messages=messages, tool_choice="auto", **options)
+    assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
+    one = client.chat.completions.create(
+        messages=[*HELLO], tool_choice="required", parallel_tool_calls=False, **options
+    )
+    assert len(one.choices[0].message.tool_calls or ()) == 1
+
+
 # --- Log-probabilities. ---
 
 
@@ -464,7 +622,7 @@ def test_embeddings(tmp_path: Path) -> None:
                 found = client.embeddings.create(
                     model="embedding",
                     input=texts,
-                    encoding_format=form,  # type: ignore[arg-type]
+                    encoding_format=form,
                 )
                 rows: Any = [each.embedding for each in found.data]
                 if form == "base64":
@@ -825,9 +983,7 @@ def test_a_client_that_stops_reading(server: Served) -> None:
     server.wait_idle(5)
 
 
-JSON_HEAD = (
-    b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-)
+JSON_HEAD = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
@@ -903,6 +1059,21 @@ def test_a_long_text_holds_up_nobody(server: Served) -> None:
     asking.join()
     assert error_of(answers[0])["code"] == "context_length_exceeded"
     assert slowest < 0.5
+
+
+def test_many_clients_of_all_kinds() -> None:
+    """A small one of what `soak_server.py` does for longer: nothing is mixed up, nothing left."""
+    with (
+        bitnet_rs.load(max_sequences=6, kv_memory=24_000_000) as loaded,
+        serving(loaded, max_queue=8, max_body=soak_server.MAX_BODY) as served,
+    ):
+        pool = [
+            (body, soak_server.alone(loaded, body)) for body in soak_server.bodies(seed=1, n=12)
+        ]
+        seen = asyncio.run(soak_server.clients(served.url, pool, n=60, width=10, seed=1))
+        assert seen.wrong == []
+        served.wait_idle()
+        assert loaded.runner.stats().kv_bytes <= 24_000_000
 
 
 # --- Other clients. ---
