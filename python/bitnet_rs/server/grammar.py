@@ -317,7 +317,8 @@ class _Closer:
         if not place.quoted:
             order = bytes(b for b in _OUTSIDE if b in allowed) or allowed
             if 0x30 <= order[0] <= 0x39:  # with one digit over and over, some numbers never end
-                order = bytes(sorted(order, key=lambda b: used.get(b, 0)))
+                by_use = sorted(order, key=lambda b: used.get(b, 0))
+                return bytes(by_use)
             return order
         order = self._by_turns(allowed, used)
         if 0x22 in allowed:
@@ -332,7 +333,8 @@ class _Closer:
     def _by_turns(allowed: bytes, used: Mapping[int, int]) -> bytes:
         """Bytes to try, those first that were not used for longest: all, or one of each kind."""
         if len(allowed) <= _FEW:
-            return bytes(sorted(allowed, key=lambda b: (used.get(b, 0), _TURN_OF[b], b)))
+            few = sorted(allowed, key=lambda b: (used.get(b, 0), _TURN_OF[b], b))
+            return bytes(few)
         first: dict[int, int] = {}
         for byte in allowed:
             first.setdefault(_TURN_OF[byte], byte)
