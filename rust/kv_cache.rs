@@ -17,7 +17,13 @@
 //! them from here, so they see the same numbers. Float16 saturates at +-65504
 //! instead of becoming infinite. Pages are added as they are needed: a cache
 //! costs what it holds, and running out of memory is an error like any other.
+//!
+//! Sequences that begin alike share pages ([`KvCache::fork`]). A page that is
+//! shared is never written: [`KvCache::reserve`] copies it first.
 
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu::Isa;
@@ -150,7 +156,7 @@ impl KvElement for F16 {
 /// `[layer][head]` and keys before values, so that a layer is read in one
 /// stream, and on huge pages where they are large.
 pub(crate) struct Pages<E> {
-    pages: Vec<AlignedBytes>,
+    pages: Vec<Arc<AlignedBytes>>,
     head_dim: usize,
     /// Room for one head's key and value of a single token, rounded, before they are
     /// written.
@@ -180,39 +186,72 @@ where
         Page { keys: &page[..keys], values: &page[keys..keys + values] }
     }
 
-    /// Adds pages until `positions` fit; None if there is no memory.
-    fn reserve(&mut self, heads: usize, positions: usize) -> Option<()> {
+    /// Adds pages until `last` positions fit, and copies those that are shared
+    /// among the pages from position `first` on, which are to be written; None if
+    /// there is no memory.
+    fn reserve(&mut self, heads: usize, first: usize, last: usize) -> Option<()> {
         let (keys, values) = self.strips();
-        while self.pages.len() * PAGE < positions {
+        while self.pages.len() * PAGE < last {
             let n_bytes = (heads * (keys + values)).checked_mul(size_of::<Strip<E>>())?;
             self.pages.try_reserve(1).ok()?;
-            self.pages.push(AlignedBytes::try_zeroed(n_bytes)?);
+            self.pages.push(Arc::new(AlignedBytes::try_zeroed(n_bytes)?));
+        }
+        for page in &mut self.pages[first / PAGE..last.div_ceil(PAGE)] {
+            if Arc::get_mut(page).is_none() {
+                *page = Arc::new(copy_of(page)?);
+            }
         }
         Some(())
+    }
+
+    /// The pages of the first `positions`: whole ones shared, the last copied where it
+    /// is not full; None if there is no memory.
+    fn fork(&self, positions: usize) -> Option<Self> {
+        let mut pages = Vec::new();
+        pages.try_reserve(positions.div_ceil(PAGE)).ok()?;
+        pages.extend_from_slice(&self.pages[..positions / PAGE]);
+        if !positions.is_multiple_of(PAGE) {
+            pages.push(Arc::new(copy_of(&self.pages[positions / PAGE])?));
+        }
+        let rounded = vec![E::default(); self.rounded.len()];
+        Some(Self { pages, head_dim: self.head_dim, rounded })
+    }
+
+    /// A page to be written.
+    #[inline(always)]
+    fn page_mut(page: &mut Arc<AlignedBytes>) -> &mut [Strip<E>] {
+        Arc::get_mut(page).expect("`reserve` copied what was shared").as_mut_slice_of()
     }
 
     /// Writes one position of one head.
     #[inline(always)]
     fn write(&mut self, head: usize, position: usize, key: &[E], value: &[E]) {
         let (keys, values) = self.strips();
-        let page = self.pages[position / PAGE].as_mut_slice_of::<Strip<E>>();
+        let page = Self::page_mut(&mut self.pages[position / PAGE]);
         let page = &mut page[head * (keys + values)..][..keys + values];
         let (keys, values) = page.split_at_mut(keys);
         put(keys, values, position % PAGE, key, value);
     }
 
     /// The parts of the `n` heads from `head` on, to be written side by side.
-    fn heads(&mut self, head: usize, n: usize, first_page: usize) -> Vec<Head<'_, E>> {
+    fn heads(&mut self, head: usize, n: usize, pages: Range<usize>) -> Vec<Head<'_, E>> {
         let (keys, values) = self.strips();
         let mut heads: Vec<Head<'_, E>> = (0..n).map(|_| Vec::new()).collect();
-        for page in &mut self.pages[first_page..] {
-            let page = &mut page.as_mut_slice_of::<Strip<E>>()[head * (keys + values)..];
+        for page in &mut self.pages[pages] {
+            let page = &mut Self::page_mut(page)[head * (keys + values)..];
             for (head, page) in heads.iter_mut().zip(page.chunks_exact_mut(keys + values)) {
                 head.push(page.split_at_mut(keys));
             }
         }
         heads
     }
+}
+
+/// A page of the same content, if there is memory for it.
+fn copy_of(page: &AlignedBytes) -> Option<AlignedBytes> {
+    let mut copy = AlignedBytes::try_zeroed(page.len())?;
+    copy.as_mut_slice().copy_from_slice(page.as_slice());
+    Some(copy)
 }
 
 /// Keys and values of one head, by pages.
@@ -268,7 +307,8 @@ fn write_all<E: KvElement>(
         );
     }
     let first_page = first / PAGE;
-    let heads = pages.heads(head, n, first_page);
+    let end_page = (first + tokens().len()).div_ceil(PAGE);
+    let heads = pages.heads(head, n, first_page..end_page);
     team.for_each(&mut heads.into_iter().enumerate().collect::<Vec<_>>(), |(h, pages)| {
         let mut rounded = vec![E::default(); 2 * head_dim];
         let (key, value) = rounded.split_at_mut(head_dim);
@@ -285,6 +325,10 @@ fn write_all<E: KvElement>(
             },
         );
     });
+}
+
+fn no_memory(positions: usize) -> Error {
+    Error::State(format!("no memory for keys and values of {positions} tokens"))
 }
 
 /// Keys and values of all layers.
@@ -380,10 +424,56 @@ impl KvCache {
         }
         let (heads, positions) = (self.shape.n_layers * self.shape.n_kv_heads, self.length + n);
         match &mut self.storage {
-            Storage::F16(pages) => pages.reserve(heads, positions),
-            Storage::F32(pages) => pages.reserve(heads, positions),
+            Storage::F16(pages) => pages.reserve(heads, self.length, positions),
+            Storage::F32(pages) => pages.reserve(heads, self.length, positions),
         }
-        .ok_or_else(|| Error::State(format!("no memory for keys and values of {positions} tokens")))
+        .ok_or_else(|| no_memory(positions))
+    }
+
+    /// A cache of its own that begins with the first `length` tokens of this one.
+    /// Whole pages are shared until one of the two writes to them, so it costs
+    /// at most one page.
+    ///
+    /// # Errors
+    /// `length` is more than there are or than `capacity`, or there is no memory.
+    pub fn fork(&self, length: usize, capacity: usize) -> Result<Self, Error> {
+        if length > self.length || length > capacity {
+            return Err(invalid!(
+                "cannot take {length} tokens of {} into a cache of {capacity}",
+                self.length
+            ));
+        }
+        let mut fork = Self::new(self.shape, capacity, self.dtype())?;
+        fork.storage = match &self.storage {
+            Storage::F16(pages) => pages.fork(length).map(Storage::F16),
+            Storage::F32(pages) => pages.fork(length).map(Storage::F32),
+        }
+        .ok_or_else(|| no_memory(length))?;
+        fork.length = length;
+        Ok(fork)
+    }
+
+    /// Type of the stored keys and values.
+    fn dtype(&self) -> KvDtype {
+        match self.storage {
+            Storage::F16(_) => KvDtype::F16,
+            Storage::F32(_) => KvDtype::F32,
+        }
+    }
+
+    /// Bytes of memory that caches take now; a page that several share counts
+    /// once.
+    pub fn bytes_held<'a>(caches: impl IntoIterator<Item = &'a Self>) -> usize {
+        let mut seen = HashSet::new();
+        caches
+            .into_iter()
+            .flat_map(|cache| match &cache.storage {
+                Storage::F16(pages) => &pages.pages,
+                Storage::F32(pages) => &pages.pages,
+            })
+            .filter(|page| seen.insert(Arc::as_ptr(page)))
+            .map(|page| page.len())
+            .sum()
     }
 
     /// Writes the keys and values of consecutive tokens of one layer from
@@ -436,5 +526,47 @@ mod tests {
         assert!(KvCache::new(shape, usize::MAX, KvDtype::F16).is_err());
         let mut huge = KvCache::new(shape, 1 << 50, KvDtype::F16).unwrap();
         assert!(huge.reserve(1).is_ok());
+    }
+
+    /// Writes `n` tokens whose keys and values are all `x`.
+    fn fill(cache: &mut KvCache, team: &Team, n: usize, x: f32) {
+        let row = vec![x; n * 4];
+        cache.reserve(n).unwrap();
+        cache.write((Isa::GENERIC, team), 0, cache.len(), &row, &row);
+        cache.advance(n);
+    }
+
+    /// The first value of each position.
+    fn values(cache: &KvCache) -> Vec<f32> {
+        let Storage::F32(pages) = cache.storage() else { panic!("made with f32") };
+        (0..cache.len()).map(|i| pages.page(0, i / PAGE).values[i % PAGE].0[0][0]).collect()
+    }
+
+    #[test]
+    fn forks_share_pages_and_never_each_others_writing() {
+        let team = Team::new(Some(1)).unwrap();
+        let shape = KvShape { model: ModelId::next(), n_layers: 1, n_kv_heads: 1, head_dim: 4 };
+        let mut first = KvCache::new(shape, 3 * PAGE, KvDtype::F32).unwrap();
+        fill(&mut first, &team, 2 * PAGE + 5, 1.0);
+        let page = KvCache::bytes_held([&first]) / 3;
+        let mut fork = first.fork(2 * PAGE, 4 * PAGE).unwrap();
+        assert_eq!(KvCache::bytes_held([&first, &fork]), 3 * page);
+        fill(&mut fork, &team, 1, 2.0);
+        assert_eq!(KvCache::bytes_held([&first, &fork]), 4 * page);
+        // The last page is copied where it is not full.
+        let mut odd = first.fork(PAGE + 7, 2 * PAGE).unwrap();
+        assert_eq!(KvCache::bytes_held([&first, &odd]), 4 * page);
+        fill(&mut odd, &team, 3, 3.0);
+        // Cut back into a shared page and written over: the other one keeps its own.
+        fork.truncate(PAGE - 1).unwrap();
+        fill(&mut fork, &team, 2, 4.0);
+        drop(odd);
+        assert_eq!(values(&first), vec![1.0; 2 * PAGE + 5]);
+        let mut expected = vec![1.0; PAGE - 1];
+        expected.extend([4.0, 4.0]);
+        assert_eq!(values(&fork), expected);
+        assert!(first.fork(2 * PAGE + 6, 9 * PAGE).is_err());
+        assert!(first.fork(2 * PAGE, PAGE).is_err());
+        assert!(KvCache::bytes_held([&first.fork(0, 1).unwrap()]) == 0);
     }
 }

@@ -447,6 +447,17 @@ impl PyKvCache {
     fn truncate(&self, length: usize) -> PyResult<()> {
         Ok(self.try_lock()?.truncate(length)?)
     }
+
+    fn fork(&self, py: Python<'_>, length: usize, capacity: usize) -> PyResult<Self> {
+        let cache = py.detach(|| self.try_lock()?.fork(length, capacity))?;
+        Ok(Self { capacity, n_bytes: cache.n_bytes(), cache: Mutex::new(cache) })
+    }
+}
+
+#[pyfunction]
+fn kv_bytes(caches: Vec<Py<PyKvCache>>) -> PyResult<usize> {
+    let guards = caches.iter().map(|c| c.get().try_lock()).collect::<Result<Vec<_>, Error>>()?;
+    Ok(KvCache::bytes_held(guards.iter().map(|guard| &**guard)))
 }
 
 #[pyfunction]
@@ -714,10 +725,15 @@ mod _core {
     #[allow(non_upper_case_globals)]
     const batch_inputs: [usize; kernels::INPUTS.len() - 1] = super::batch_inputs();
 
+    /// Tokens of a page of keys and values.
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const kv_page: usize = crate::kv_cache::PAGE;
+
     #[pymodule_export]
     use super::{
         _absmean, _exp, _gemm, _gemv, _kernels_for, _rms_norm, PyKvCache, PyModel, PyPackedMatrix,
-        cpu_features, grouped_kernels, kernel_names, measure_kernels, projections,
+        cpu_features, grouped_kernels, kernel_names, kv_bytes, measure_kernels, projections,
         py_read_bandwidth, py_sample,
     };
 }

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 import bitnet_rs as br
 from bitnet_rs import _core, completion
-from bitnet_rs.engine import Engine, Event, FinishReason, Request
+from bitnet_rs.engine import Event, FinishReason, Request, Running
 
 DEMO = Path(__file__).parents[1] / "python" / "bitnet_rs" / "demo"
 DATA = Path(__file__).parent / "data"
@@ -480,7 +481,9 @@ def test_dropping_a_stream_ends_its_sequence(
     gc.disable()  # by reference counts alone, so at once
     try:
         del stream
+        until_idle(model)  # the step under way is computed to its end
         assert sequence.finish_reason == "cancelled"
+        assert sequence.n_generated < 100
     finally:
         gc.enable()
 
@@ -489,14 +492,80 @@ def test_ctrl_c_ends_a_stream(model: br.Model, monkeypatch: pytest.MonkeyPatch) 
     stream = model.stream(PROMPTS[0], temperature=0, max_tokens=400)
     said = next(stream)
 
-    def interrupted(engine: Engine) -> list[Event]:
+    def interrupted(events: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Engine, "step", interrupted)
+    # Where it lands: the thread that computes gets no signals.
+    monkeypatch.setattr(completion, "_wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        next(stream)
+        "".join(stream)
     result = stream.completion
-    assert (result.text, result.finish_reason) == (said, "cancelled")
+    assert result.text.startswith(said)
+    assert result.finish_reason == "cancelled"
+    until_idle(model)
+    assert stream._reply.sequence.finish_reason == "cancelled"
+
+
+def until_idle(model: br.Model) -> None:
+    """Waits until nothing runs; the limit is for a machine that stands still."""
+    deadline = time.monotonic() + 60
+    while (stats := model.runner.stats()).active or stats.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_stream_does_not_run_far_ahead_of_its_reader(model: br.Model) -> None:
+    with model.stream(PROMPTS[0], temperature=0, ignore_eos=True, max_tokens=400) as stream:
+        next(stream)
+        # Others are served while it waits to be read.
+        assert model.generate(PROMPTS[1], max_tokens=40)
+        read = len(stream._reply._tokens)
+        assert stream._reply.sequence.n_generated <= read + completion._AHEAD
+        text = "".join(stream)
+    assert len(stream.completion.tokens) == 400
+    expected = model.generate(PROMPTS[0], temperature=0, ignore_eos=True, max_tokens=400)
+    assert expected.endswith(text)
+
+
+def test_prompts_that_begin_alike_are_computed_once(tmp_path: Path) -> None:
+    shared = "It was the best of times, it was the worst of times, it was the age of wisdom. "
+    prompts = [shared + end for end in ("Once", "The whale", "Emma looked at her sister")]
+    with br.load() as model:
+        together = model.generate(prompts, temperature=0, max_tokens=12)
+        stats = model.runner.stats()
+        assert stats.prefix_hits == 2
+        assert stats.cached_tokens >= 2 * (len(model.encode(shared)) - 1)
+        again = model.complete(prompts[1], temperature=0, max_tokens=12)
+        assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+        assert [again.text] == together[1:2]
+    with br.load(kv_memory=1 << 20) as small:
+        assert [small.generate(p, temperature=0, max_tokens=12) for p in prompts] == together
+        assert small.runner.stats().kv_bytes <= 1 << 20
+
+
+def test_a_request_beyond_the_kv_memory_is_refused() -> None:
+    with br.load(kv_memory=1000) as model:
+        for run in (model.generate, model.stream, model.chat().send):
+            with pytest.raises(ValueError, match=r"MB of keys and values; the limit is 0.0 MB"):
+                run("Once")
+    for name in ("kv_memory", "max_sequences"):
+        with pytest.raises(ValueError, match=f"{name} is 0"):
+            br.load(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_a_closed_model_ends_what_runs_and_takes_no_more() -> None:
+    model = br.load()
+    stream = model.stream(PROMPTS[0], temperature=0, max_tokens=60)
+    said = next(stream)
+    runner = model.runner
+    model.close()
+    rest = "".join(stream)
+    assert len(stream.completion.tokens) == 60
+    assert said + rest
+    with pytest.raises(RuntimeError, match="was closed"):
+        runner.submit([stream._reply.sequence.request], print)
+    with pytest.raises(RuntimeError, match="was closed"):
+        model.generate("Once")
 
 
 def test_threads_share_a_model(model: br.Model) -> None:
@@ -613,21 +682,21 @@ def test_the_next_turn_ends_one_that_was_left_open(model: br.Model) -> None:
 def test_ctrl_c_leaves_the_chat_in_order(
     model: br.Model, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    step, taken = Engine.step, 0
+    wait, taken = completion._wait, 0
 
-    def interrupted(engine: Engine) -> Any:
+    def interrupted(events: Any) -> Any:
         nonlocal taken
-        events = step(engine)  # the cache has grown already when Ctrl-C is noticed
+        found = wait(events)  # the cache has grown already when Ctrl-C is noticed
         taken += 1
         if taken > steps:
             raise KeyboardInterrupt
-        return events
+        return found
 
     chat = model.chat()
     chat.send(TALK[0], temperature=0, max_tokens=16)
     before = list(chat.messages)
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "step", interrupted)
+        patch.setattr(completion, "_wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             chat.send(TALK[1], temperature=0, max_tokens=16)
     if steps:
@@ -707,11 +776,11 @@ def test_replies_are_cut_before_the_earliest_stop_string(model: br.Model) -> Non
     assert model.decode(tokens) == text
     for stop in (["aab"], ["ab"], ["ab a"], ["abc", "b a"], ["bb", "c"], ["abcd"], ["b abd"]):
         request = Request(np.array([1], np.uint32), 10)
-        reply = completion.Reply(Engine(model.core).add(request), model.tokenizer, stop)
+        reply = completion.Reply(Running(request), model.tokenizer, stop)
         pieces = []
         for n, token in enumerate(tokens, 1):
             last: FinishReason | None = "length" if n == len(tokens) else None
-            pieces.append(reply.take(Event(reply.sequence, token, None, last)))
+            pieces.append(reply.take(Event(reply.sequence, token, None, last, 0.0)))
             if reply.finish_reason:
                 break
         # A string is found when its last character comes.

@@ -26,6 +26,8 @@ __all__ = [
     "cpu_features",
     "grouped_kernels",
     "kernels",
+    "kv_bytes",
+    "kv_page",
     "measure_kernels",
     "projections",
     "read_bandwidth",
@@ -37,6 +39,9 @@ build_profile: Final[str]
 
 batch_inputs: Final[list[int]]
 """Numbers of tokens in a step from which on the entries of `batch_kernels` are used."""
+
+kv_page: Final[int]
+"""Tokens whose keys and values are taken, and shared, together."""
 
 def kernels() -> list[str]:
     """Names of the kernels this CPU can run, fastest first; the last is scalar.
@@ -82,6 +87,13 @@ def measure_kernels(
 
 def read_bandwidth(threads: int, n_bytes: int = ...) -> float:
     """Measured speed of reading memory with `threads` threads, in GB/s (1e9 bytes)."""
+
+def kv_bytes(caches: Sequence[KvCache]) -> int:
+    """Bytes of memory that different caches take now; what several share counts once.
+
+    Raises:
+        RuntimeError: A cache is in use by another thread, or stands twice in `caches`.
+    """
 
 def sample(
     logits: NDArray[np.float32],
@@ -252,6 +264,16 @@ class KvCache:
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on. Longer than the cache: ValueError."""
+
+    def fork(self, length: int, capacity: int) -> KvCache:
+        """A cache of its own that begins with the first `length` tokens of this one.
+
+        The two share memory, 128 tokens at a time, until one of them writes to it.
+
+        Raises:
+            ValueError: `length` is more than there are, or than `capacity`.
+            RuntimeError: The cache is in use by another thread, or there is no memory.
+        """
 
 @final
 class _PackedMatrix:

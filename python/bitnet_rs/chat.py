@@ -1,10 +1,9 @@
-"""A conversation with a model: messages, and the KV cache kept between turns.
+"""A conversation with a model: messages, and turns.
 
-For users, through `Model.chat`. Apart because it is the only place with memory
-from call to call. Each turn writes the whole conversation with the chat
-template, and computes only the tokens that the cache does not hold already:
-whatever is done to `messages` in between, the answer is the one that a fresh
-start would give.
+For users, through `Model.chat`. Apart because it is the only place with memory from call to call.
+Each turn writes the whole conversation with the chat template. The engine keeps the keys and values
+of what was said and computes only what is new, so whatever is done to `messages` in between, the
+answer is the one that a fresh start would give.
 """
 
 from __future__ import annotations
@@ -14,11 +13,10 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 from bitnet_rs.checks import check_iterable
-from bitnet_rs.completion import Reply, Stream, run
-from bitnet_rs.engine import Engine, Running
+from bitnet_rs.completion import Reply, Stream, stream
+from bitnet_rs.engine import Running
 
 if TYPE_CHECKING:
-    from bitnet_rs import _core
     from bitnet_rs.model import Model
     from bitnet_rs.options import Options
 
@@ -43,9 +41,6 @@ class Chat:
             if not isinstance(system, str):
                 raise TypeError(f"system is of type {type(system).__name__}; wanted a str, or None")
             self.messages.append({"role": "system", "content": system})
-        self._cache: _core.KvCache | None = None
-        # Whose tokens the cache holds: the first len(cache) of its ids.
-        self._written: Running | None = None
         # Weak, so that a stream that is dropped halfway ends there and then.
         self._open: weakref.ref[Stream] | None = None
 
@@ -117,16 +112,11 @@ class Chat:
             cure="start over with clear(), or take old turns out of `messages`",
             default_max_tokens=None,
         )
-        engine = Engine(model.core, kv_dtype=model.kv_dtype)
-        if self._cache is None:
-            self._cache = model.new_cache()
-        written = None if self._written is None else self._written.ids
-        sequence = engine.add(request, cache=self._cache, cached=written)
-        self._written = sequence
-        reply = Reply(sequence, model.tokenizer, settings.stop)
-        stream = Stream(self._turn(engine, reply, user), reply)
-        self._open = weakref.ref(stream)
-        return stream
+        model.runner.check(request)
+        reply = Reply(Running(request), model.tokenizer, settings.stop)
+        turn = Stream(self._turn(reply, user), reply)
+        self._open = weakref.ref(turn)
+        return turn
 
     def clear(self) -> None:
         """Starts over: forgets all messages but a system message at the front."""
@@ -138,18 +128,16 @@ class Chat:
 
     def _end_turn(self) -> None:
         """Closes the stream of the last turn, if it is still open."""
-        stream = self._open() if self._open is not None else None
-        if stream is not None:
-            stream.close()
+        turn = self._open() if self._open is not None else None
+        if turn is not None:
+            turn.close()
 
-    def _turn(
-        self, engine: Engine, reply: Reply, user: dict[str, Any]
-    ) -> Generator[str, None, None]:
+    def _turn(self, reply: Reply, user: dict[str, Any]) -> Generator[str, None, None]:
         answer = {"role": "assistant", "content": ""}
         self.messages += [user, answer]
-        pieces = run(engine, [reply])
+        pieces = stream(self._model.runner, reply)
         try:
-            for _, piece in pieces:
+            for piece in pieces:
                 answer["content"] += piece
                 yield piece
         finally:

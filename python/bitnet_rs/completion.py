@@ -1,22 +1,29 @@
 """What a generation gives back: text as it comes, and the finished completion.
 
-For `model.py` and `chat.py`, which share it. Apart because it is the one place
-where the engine's tokens become text: streaming decode, stop strings, and the
-held-back text that may still turn out to be one.
+For `model.py`, `chat.py` and the server, which share it. Apart because it is the one place where
+the engine's tokens become text: streaming decode, stop strings, and the held-back text that may
+still turn out to be one.
 """
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
-from bitnet_rs.engine import Engine, Event, FinishReason, Running
+from bitnet_rs.engine import Event, FinishReason, Running
+from bitnet_rs.runner import Runner
 
 if TYPE_CHECKING:
     from bitnet_rs.sampling import Logprobs
     from bitnet_rs.tokenizer import Tokenizer
+
+
+# Tokens that a stream may be ahead of its reader, so that neither waits for the other while both are
+# at work, and little is computed for one who never comes back.
+_AHEAD: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,7 @@ class Usage:
     Attributes:
         prompt_tokens: Length of the prompt, BOS included.
         completion_tokens: Tokens generated, without the stop token.
-        cached_tokens: Prompt tokens that did not need computing again (in a chat).
+        cached_tokens: Prompt tokens that did not need computing: another prompt began alike.
     """
 
     prompt_tokens: int
@@ -81,8 +88,8 @@ class Completion:
         text: What was generated, without special tokens, ending before a stop string.
         tokens: Ids of all tokens generated, those of a stop string included, a stop token not.
         logprobs: One entry for each of `tokens`, if they were asked for.
-        finish_reason: `stop` (a stop token or a stop string), `length` (`max_tokens` or the end
-            of the context), or `cancelled` (the stream was closed).
+        finish_reason: `stop` (a stop token or a stop string, or a grammar's end), `length`
+            (`max_tokens` or the end of the context), or `cancelled` (the stream was closed).
         usage: Tokens counted.
         timings: Seconds and speeds.
     """
@@ -115,11 +122,18 @@ class Reply:
         self._stop = tuple(stop)
         self._held = ""  # decoded, but possibly the beginning of a stop string
         self._pieces: list[str] = []
+        self._tokens: list[int] = []  # those taken; the sequence may be further
         self._logprobs: list[Logprobs] = []
+        self._last = 0.0
 
     def take(self, event: Event) -> str:
-        """Takes an event of this sequence; returns the text that is certain by now, maybe ""."""
+        """Takes an event of this sequence; returns the text that is certain by now, maybe "".
+
+        Where it finds a stop string, `finish_reason` is set, and the sequence is to be ended.
+        """
+        self._last = event.time
         if event.token is not None:
+            self._tokens.append(event.token)
             self._held += self._decoder.push(event.token)
             if event.logprobs is not None:
                 self._logprobs.append(event.logprobs)
@@ -158,11 +172,11 @@ class Reply:
         n_prompt = len(sequence.request.prompt)
         return Completion(
             text=self.text,
-            tokens=sequence.tokens,
+            tokens=list(self._tokens),
             logprobs=self._token_logprobs(),
             finish_reason=self.finish_reason or "cancelled",
-            usage=Usage(n_prompt, sequence.n_generated, sequence.n_cached),
-            timings=_timings(sequence),
+            usage=Usage(n_prompt, len(self._tokens), sequence.n_cached),
+            timings=self._timings(),
         )
 
     def _token_logprobs(self) -> list[TokenLogprob] | None:
@@ -176,50 +190,73 @@ class Reply:
                 step.logprob,
                 tuple(TokenLogprob(i, text(i), logprob) for i, logprob in step.top),
             )
-            # Ctrl-C can land after a token was chosen and before its event was taken.
-            for token, step in zip(self.sequence.tokens, self._logprobs, strict=False)
+            # Ctrl-C can land between the two.
+            for token, step in zip(self._tokens, self._logprobs, strict=False)
         ]
 
+    def _timings(self) -> Timings:
+        sequence = self.sequence
+        start = sequence.started or 0.0
+        first = sequence.first_token or start
+        prefill_s, decode_s = first - start, max(0.0, self._last - first)
+        computed = len(sequence.request.prompt) - sequence.n_cached if sequence.first_token else 0
+        decoded = max(0, len(self._tokens) - 1)
+        return Timings(
+            prefill_s,
+            decode_s,
+            computed / prefill_s if prefill_s > 0 else 0.0,
+            decoded / decode_s if decode_s > 0 else 0.0,
+        )
 
-def _timings(sequence: Running) -> Timings:
-    start = sequence.started or 0.0
-    end = sequence.finished or start
-    first = sequence.first_token or end
-    prefill_s, decode_s = first - start, end - first
-    computed = len(sequence.request.prompt) - sequence.n_cached if sequence.first_token else 0
-    decoded = max(0, sequence.n_generated - 1)
-    return Timings(
-        prefill_s,
-        decode_s,
-        computed / prefill_s if prefill_s > 0 else 0.0,
-        decoded / decode_s if decode_s > 0 else 0.0,
-    )
 
+def run(runner: Runner, replies: Sequence[Reply]) -> Generator[tuple[Reply, str], None, None]:
+    """Runs the replies' sequences, which must be new, with each one's text as it comes.
 
-def run(engine: Engine, replies: Sequence[Reply]) -> Generator[tuple[Reply, str], None, None]:
-    """Runs the engine until its sequences are done, with each reply's text as it comes.
+    Nothing is computed before the first piece is asked for. Closing the generator cancels what is
+    unfinished.
 
-    Closing the generator cancels what is unfinished, at once: nothing computes between steps.
+    Raises:
+        ValueError: A request could never be admitted.
+        RuntimeError: The model was closed.
+        Exception: What ended a sequence, with whatever was wrong there.
     """
     of = {id(reply.sequence): reply for reply in replies}
+    events: queue.SimpleQueue[Sequence[Event]] = queue.SimpleQueue()
+    unfinished = len(replies)
+    runner.start([reply.sequence for reply in replies], events.put)
     try:
-        while engine.busy:
-            for event in engine.step():
+        while unfinished:
+            for event in _wait(events):
                 reply = of[id(event.sequence)]
                 if reply.finish_reason is not None:
                     continue
                 piece = reply.take(event)
+                runner.took(event.sequence)
+                if event.sequence.error is not None:
+                    raise event.sequence.error
                 if reply.finish_reason is not None:
-                    engine.finish(event.sequence, reply.finish_reason)
+                    unfinished -= 1
+                    runner.cancel(event.sequence, reply.finish_reason)
                 if piece:
                     yield reply, piece
     finally:
-        engine.close()
+        for reply in replies:
+            runner.cancel(reply.sequence)
 
 
-def texts(engine: Engine, reply: Reply) -> Generator[str, None, None]:
-    """Runs the engine for a single reply, piece by piece; closing it closes the engine with it."""
-    pieces = run(engine, [reply])
+def _wait(events: queue.SimpleQueue[Sequence[Event]]) -> Sequence[Event]:
+    """The next events. In turns: without a limit, Windows would not let Ctrl-C through."""
+    while True:
+        try:
+            return events.get(timeout=0.5)
+        except queue.Empty:
+            pass
+
+
+def stream(runner: Runner, reply: Reply) -> Generator[str, None, None]:
+    """Runs a single reply, piece by piece, never far ahead of who reads it."""
+    reply.sequence.ahead = _AHEAD
+    pieces = run(runner, [reply])
     try:
         for _, piece in pieces:
             yield piece

@@ -38,6 +38,18 @@ def choose_threads(threads: int | None) -> int:
     )
 
 
+def choose_kv_memory(kv_memory: int | None, full_context: int) -> int:
+    """Bytes for keys and values: what is asked for, else a quarter of the machine's memory.
+
+    Args:
+        kv_memory: What is asked for.
+        full_context: Bytes of one sequence that fills the context: the least where nobody asks.
+    """
+    if kv_memory is not None:
+        return kv_memory
+    return max(full_context, (system.usable_memory() or 0) // 4)
+
+
 def choose_kernel(kernel: str) -> str | None:
     """Name of the kernel asked for, None if it is to be measured: argument, then environment."""
     source = kernel_source(kernel)

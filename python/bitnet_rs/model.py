@@ -8,6 +8,7 @@ computed. It computes nothing itself.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -19,15 +20,24 @@ from numpy.typing import NDArray
 from bitnet_rs import _core
 from bitnet_rs.chat import Chat
 from bitnet_rs.checks import check_integer, check_iterable
-from bitnet_rs.completion import Completion, Reply, Stream, run, texts
-from bitnet_rs.engine import PREFILL_TOKENS, Engine, Request, check_ids
+from bitnet_rs.completion import Completion, Reply, Stream, run, stream
+from bitnet_rs.engine import (
+    MAX_SEQUENCES,
+    PREFILL_TOKENS,
+    Constraint,
+    Engine,
+    Request,
+    Running,
+    check_ids,
+)
 from bitnet_rs.kernel_choice import KernelChoice, choose_kernels, describe
 from bitnet_rs.loaders import Checkpoint, FileOptions, open_checkpoint
 from bitnet_rs.loaders.families import Activations
 from bitnet_rs.loaders.options import I2sLayout, Tile
 from bitnet_rs.loaders.progress import show_progress
-from bitnet_rs.machine import choose_kernel, choose_threads
+from bitnet_rs.machine import choose_kernel, choose_kv_memory, choose_threads
 from bitnet_rs.options import Defaults, Options, Settings, check_options, choose_context
+from bitnet_rs.runner import Runner
 from bitnet_rs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -47,6 +57,8 @@ def load(
     kernel: str = "auto",
     kv_dtype: KvDtype = "f16",
     context: int | None = None,
+    max_sequences: int | None = None,
+    kv_memory: int | None = None,
     revision: str | None = None,
     activations: Activations | None = None,
     masters: bool = False,
@@ -70,6 +82,10 @@ def load(
             folder. All kernels compute the same bits.
         kv_dtype: Precision of cached keys and values, `f16` or `f32`.
         context: Most tokens of prompt and answer together. None: what the model was trained for.
+        max_sequences: Most sequences computed at once; more wait their turn. None: 16.
+        kv_memory: Most bytes of keys and values: those of running sequences, and in what is left
+            those of finished ones, so that prompts that begin alike need not be computed again.
+            None: a quarter of the machine's memory, at least one full context.
         revision: Branch, tag or commit of a hub id.
         activations: What projections multiply. None: what the model was trained with; `int8`
             rounds the activations of a model that was trained with floats (`print(model)` says
@@ -92,6 +108,10 @@ def load(
     choose_kernel(kernel)  # refuses an unknown name before anything is downloaded
     if kv_dtype not in ("f16", "f32"):
         raise ValueError(f"kv_dtype is {kv_dtype!r}; wanted 'f16' or 'f32'")
+    if max_sequences is not None:
+        max_sequences = check_integer("max_sequences", max_sequences, 1)
+    if kv_memory is not None:
+        kv_memory = check_integer("kv_memory", kv_memory, 1, wanted="a number of bytes, or None")
     options = FileOptions.of(
         activations=activations, masters=masters, i2s_layout=i2s_layout, tl_tiles=tl_tiles
     )
@@ -115,12 +135,20 @@ def load(
             threads=n_threads,
         )
     return Model(
-        checkpoint, core, tokenizer, defaults, choice=choice, kv_dtype=kv_dtype, context=context
+        checkpoint,
+        core,
+        tokenizer,
+        defaults,
+        choice=choice,
+        kv_dtype=kv_dtype,
+        context=context,
+        max_sequences=max_sequences or MAX_SEQUENCES,
+        kv_memory=kv_memory,
     )
 
 
 class Model:
-    """A loaded model. Immutable and safe to share between threads: each call has its own cache.
+    """A loaded model. Safe to share between threads: one engine runs whatever they ask, together.
 
     Made by `load`. In a `with` statement it is closed at the end.
 
@@ -134,6 +162,8 @@ class Model:
         threads: Threads that compute.
         kv_dtype: Precision of cached keys and values.
         context_length: Most tokens of prompt and answer together.
+        max_sequences: Most sequences computed at once.
+        kv_memory: Most bytes of keys and values of running and finished sequences.
         vocab_size: Rows of the embedding; valid token ids are below it.
         stop_ids: Token ids that end a text.
         facts: Facts about the model in numbers, see `_core.Model.facts`.
@@ -154,8 +184,12 @@ class Model:
         choice: KernelChoice,
         kv_dtype: KvDtype,
         context: int | None,
+        max_sequences: int,
+        kv_memory: int | None,
     ) -> None:
         self._core: _core.Model | None = core
+        self._runner: Runner | None = None
+        self._lock = threading.Lock()
         self._tokenizer = tokenizer
         self._defaults = defaults
         self.checkpoint: Final = checkpoint
@@ -176,6 +210,10 @@ class Model:
         self.kv_dtype: Final[KvDtype] = kv_dtype
         self.vocab_size: Final = int(self.facts["vocab_size"])
         self.context_length: Final = choose_context(context, int(self.facts["max_positions"]))
+        self.max_sequences: Final = max_sequences
+        self.kv_memory: Final = choose_kv_memory(
+            kv_memory, core.new_cache(self.context_length, kv_dtype).n_bytes
+        )
         self.stop_ids: Final = frozenset(i for i in defaults.stop_ids if i < self.vocab_size)
 
     @property
@@ -202,9 +240,31 @@ class Model:
             raise RuntimeError(f"the model {self.name!r} was closed; load it again to use it")
         return self._core
 
+    @property
+    def runner(self) -> Runner:
+        """What runs the sequences of this model, for all who use it.
+
+        Raises:
+            RuntimeError: The model was closed.
+        """
+        core = self.core
+        with self._lock:
+            if self._runner is None:
+                engine = Engine(
+                    core,
+                    kv_dtype=self.kv_dtype,
+                    max_sequences=self.max_sequences,
+                    kv_limit=self.kv_memory,
+                )
+                self._runner = Runner(engine)
+            return self._runner
+
     def close(self) -> None:
         """Gives the weights back, once calls that still run have finished. Closing twice is fine."""
-        self._core = None
+        with self._lock:
+            self._core, runner, self._runner = None, self._runner, None
+        if runner is not None:
+            runner.close()
 
     def __enter__(self) -> Self:
         return self
@@ -362,10 +422,11 @@ class Model:
             ValueError: As `complete`; raised here, not at the first piece.
         """
         settings = self.settings(**options)
-        engine = Engine(self.core, kv_dtype=self.kv_dtype)
         request = self.request(self._prompt(prompt), settings)
-        reply = Reply(engine.add(request), self.tokenizer, settings.stop)
-        return Stream(texts(engine, reply), reply)
+        runner = self.runner
+        runner.check(request)
+        reply = Reply(Running(request), self.tokenizer, settings.stop)
+        return Stream(stream(runner, reply), reply)
 
     def chat(self, system: str | None = None) -> Chat:
         """Starts a conversation.
@@ -542,7 +603,7 @@ class Model:
             context_length=self.context_length,
         )
 
-    # What `Chat` and servers build on.
+    # What `Chat` and the server build on.
 
     def settings(self, **options: Unpack[Options]) -> Settings:
         """Checks the options of a call and fills in the checkpoint's defaults."""
@@ -578,6 +639,8 @@ class Model:
         name: str = "prompt",
         cure: str = "shorten it",
         default_max_tokens: int | None = _DEFAULT_MAX_TOKENS,
+        constraint: Constraint | None = None,
+        prompt_logprobs: bool = False,
     ) -> Request:
         """What the engine is to do, within the context.
 
@@ -587,6 +650,11 @@ class Model:
             name: What the prompt is called in the message, should it be too long.
             cure: What to do then.
             default_max_tokens: Where neither the caller nor the checkpoint says; None: what fits.
+            constraint: What may be generated.
+            prompt_logprobs: As `Request`.
+
+        Raises:
+            ValueError: The prompt does not fit the context, or the model does not write.
         """
         if self.checkpoint.embedding:
             raise ValueError(
@@ -603,7 +671,13 @@ class Model:
             )
         wanted = settings.max_tokens or default_max_tokens or room
         return Request(
-            prompt, min(wanted, room), settings.params, settings.stop_ids, settings.logprobs
+            prompt,
+            min(wanted, room),
+            settings.params,
+            settings.stop_ids,
+            settings.logprobs,
+            constraint,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _prompt(
@@ -623,13 +697,12 @@ class Model:
         self, prompts: Sequence[NDArray[np.uint32]], settings: Sequence[Settings]
     ) -> list[Completion]:
         """Runs prompts together, to their ends."""
-        engine = Engine(self.core, kv_dtype=self.kv_dtype)
         tokenizer = self.tokenizer
         replies = [
-            Reply(engine.add(self.request(prompt, each)), tokenizer, each.stop)
+            Reply(Running(self.request(prompt, each)), tokenizer, each.stop)
             for prompt, each in zip(prompts, settings, strict=True)
         ]
-        for _ in run(engine, replies):
+        for _ in run(self.runner, replies):
             pass
         return [reply.completion() for reply in replies]
 

@@ -138,6 +138,32 @@ def memory_bytes() -> int | None:
         return None
 
 
+def usable_memory() -> int | None:
+    """Bytes of memory that this process may use: the machine's, or less by a cgroup's limit."""
+    known = [n for n in (memory_bytes(), cgroup_memory_limit()) if n is not None]
+    return min(known, default=None)
+
+
+def cgroup_memory_limit(
+    cgroup_root: Path = _CGROUP, own_cgroups: Path = _PROC / "self/cgroup"
+) -> int | None:
+    """Bytes that cgroups (version 1 or 2) grant this process, or None; as `cgroup_cpu_quota`."""
+    limits: list[int] = []
+    for line in _read(own_cgroups).splitlines():
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            files = [folder / "memory.max" for folder in _upwards(cgroup_root, group)]
+        elif "memory" in controllers.split(","):
+            folders = _upwards(cgroup_root / "memory", group)
+            files = [folder / "memory.limit_in_bytes" for folder in folders]
+        else:
+            continue
+        limits += [int(text) for text in map(_read, files) if text.isdecimal()]
+    # Version 1 says "no limit" with a number near 2^63.
+    return min((n for n in limits if 0 < n < 1 << 60), default=None)
+
+
 def _read(path: Path) -> str:
     """The stripped text of a file, or "" if it cannot be read."""
     try:
