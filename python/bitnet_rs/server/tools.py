@@ -49,7 +49,7 @@ To call one, answer with a JSON object with its name and arguments, in these tag
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
+class Call:
     """A call that the model wants made.
 
     Attributes:
@@ -63,8 +63,12 @@ class ToolCall:
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
 
-# What a parser gives back: a piece of the text, or a call.
-Delta = str | ToolCall
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a parser found next: a piece of the text, or a call."""
+
+    content: str | None = None
+    call: Call | None = None
 
 
 def check(tools: Sequence[Mapping[str, Any]], tool_choice: object = "auto") -> None:
@@ -97,7 +101,7 @@ def check(tools: Sequence[Mapping[str, Any]], tool_choice: object = "auto") -> N
 
 def _check_choice(choice: object, names: Sequence[str]) -> None:
     named = chosen(choice)
-    if named is None and choice not in ("none", "auto", "required"):
+    if named is None and choice not in (None, "none", "auto", "required"):
         raise ValueError(
             f"tool_choice is {choice!r}; wanted 'none', 'auto', 'required', or "
             '{"type": "function", "function": {"name": ...}}'
@@ -136,8 +140,9 @@ def prepare(
         tokenizer: For its chat template.
 
     Raises:
-        ValueError: A call or a result in the messages is not in OpenAI's form.
+        ValueError: A tool, the choice, or a call in the messages is not in OpenAI's form.
     """
+    check(tools, tool_choice)
     source = tokenizer.chat_template or ""
     written = [dict(message) for message in messages]
     # The template must write both, or a call would stand there without its result.
@@ -320,7 +325,7 @@ class Parser:
         self._ended = True
         deltas = self._take()
         if self._held and (self._alone is False or self._held.strip(" \n;,]")):
-            deltas.append(self._held)
+            deltas.append(Delta(self._held))
         self._held = ""
         return deltas
 
@@ -341,7 +346,7 @@ class Parser:
             return []
         value, end = found
         self._held = rest[end:]
-        return self._calls(value) or [rest[:end]]
+        return self._calls(value) or [Delta(rest[:end])]
 
     def _step(self) -> list[Delta]:
         """Takes the next text or call off what is held; nothing while that is undecided."""
@@ -361,14 +366,14 @@ class Parser:
         calls = self._take_tagged(self._held[at:])
         if not calls:
             return []
-        return [text, *calls] if text else calls
+        return [Delta(text), *calls] if text else calls
 
     def _pass(self, length: int) -> list[Delta]:
         """So many characters are text."""
         text, self._held = self._held[:length], self._held[length:]
         if text:
             self._alone = False
-        return [text] if text else []
+        return [Delta(text)] if text else []
 
     def _take_bare(self, start: str) -> list[Delta]:
         """What begins with a brace, and may be a call or a list of them."""
@@ -434,7 +439,7 @@ class Parser:
         """The calls that a JSON value stands for; none if any part of it is something else."""
         values = value if isinstance(value, list) else [value]
         calls = [_call(each, self._names) for each in values]
-        return [call for call in calls if call is not None] if None not in calls else []
+        return [] if None in calls else [Delta(call=call) for call in calls]
 
 
 def _end_of_block(block: str) -> int:
@@ -476,7 +481,7 @@ def _decode(text: str) -> tuple[object, int] | None:
         return None
 
 
-def _call(value: object, names: frozenset[str]) -> ToolCall | None:
+def _call(value: object, names: frozenset[str]) -> Call | None:
     """A call in one of the forms that models write it in."""
     call = _dict(_dict(value).get("function", value))
     name = call.get("name")
@@ -488,4 +493,4 @@ def _call(value: object, names: frozenset[str]) -> ToolCall | None:
         arguments = found[0] if found is not None and found[1] == len(arguments) else arguments
     if not isinstance(arguments, Mapping):
         return None
-    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+    return Call(name, json.dumps(arguments, ensure_ascii=False))
