@@ -313,6 +313,7 @@ class Parser:
         self._held = ""
         # Nothing but calls so far: the next thing may be one that stands alone.
         self._alone = True
+        self._called = False
         self._ended = False
 
     def push(self, text: str) -> list[Delta]:
@@ -324,7 +325,8 @@ class Parser:
         """The rest, once the answer has ended."""
         self._ended = True
         deltas = self._take()
-        if self._held and (self._alone is False or self._held.strip(" \n;,]")):
+        # Between calls, and where nothing but them was wanted, blanks and commas are no text.
+        if self._held.strip(" \t\r\n;,]" if self._constrained or self._called else ""):
             deltas.append(Delta(self._held))
         self._held = ""
         return deltas
@@ -332,41 +334,51 @@ class Parser:
     def _take(self) -> list[Delta]:
         deltas: list[Delta] = []
         while self._held:
-            before = len(self._held)
-            deltas += self._take_list() if self._constrained else self._step()
-            if len(self._held) == before:
+            found = self._take_forced() if self._constrained else self._step()
+            if found is None:
                 break
+            deltas += found
         return deltas
 
-    def _take_list(self) -> list[Delta]:
-        """Calls as `call_schema` has them, each as soon as it is whole."""
+    def _take_forced(self) -> list[Delta] | None:
+        """A call as `call_schema` has them, as soon as it is whole."""
         rest = self._held.lstrip("[, \n")
         found = _decode(rest)
         if found is None:
-            return []
+            return None
         value, end = found
         self._held = rest[end:]
         return self._calls(value) or [Delta(rest[:end])]
 
-    def _step(self) -> list[Delta]:
-        """Takes the next text or call off what is held; nothing while that is undecided."""
+    def _step(self) -> list[Delta] | None:
+        """Takes the next text or call off what is held; None while there is nothing certain."""
         if self._alone:
             start = self._held.lstrip(" \t\r\n;,")
             if not start:
-                return []
+                return None
             if start[0] in "[{":
                 return self._take_bare(start)
-            if _OPENING.startswith(start[: len(_OPENING)]):
-                return self._take_tagged(start) if len(start) >= len(_OPENING) else []
-            self._alone = False
+            if start.startswith(_OPENING):
+                return self._take_tagged(start)
+            if _OPENING.startswith(start) and not self._ended:
+                return None
+            return self._go_on_with_text()
         at = self._held.find(_OPENING)
         if at < 0:
-            return self._pass(len(self._held) - _undecided(self._held))
+            length = len(self._held) - (0 if self._ended else _undecided(self._held))
+            return self._pass(length) or None
         text = self._held[:at].rstrip()
-        calls = self._take_tagged(self._held[at:])
-        if not calls:
-            return []
-        return [Delta(text), *calls] if text else calls
+        found = self._take_tagged(self._held[at:])
+        if found is None or not text or found[0].call is None:
+            return found
+        return [Delta(text), *found]
+
+    def _go_on_with_text(self) -> list[Delta]:
+        """What is held is no call that stands alone."""
+        self._alone = False
+        if self._called:
+            self._held = self._held.lstrip()
+        return []
 
     def _pass(self, length: int) -> list[Delta]:
         """So many characters are text."""
@@ -375,21 +387,18 @@ class Parser:
             self._alone = False
         return [Delta(text)] if text else []
 
-    def _take_bare(self, start: str) -> list[Delta]:
+    def _take_bare(self, start: str) -> list[Delta] | None:
         """What begins with a brace, and may be a call or a list of them."""
-        skipped = len(self._held) - len(start)
         found = _decode(start)
-        if found is not None:
-            value, end = found
-            calls = self._calls(value)
-            if not calls:
-                return self._pass(skipped + end)
-            self._held = start[end:]
-            return calls
-        if self._ended or not self._may_be_call(start):
-            # A tag may still come behind it.
-            self._alone = False
-        return []
+        if found is None:
+            is_text = self._ended or not self._may_be_call(start)
+            return self._go_on_with_text() if is_text else None
+        value, end = found
+        calls = self._calls(value)
+        if not calls:
+            return self._go_on_with_text()
+        self._held = start[end:]
+        return calls
 
     def _may_be_call(self, start: str) -> bool:
         """Whether an unfinished JSON text can become a call of a tool, or a list of them."""
@@ -410,11 +419,11 @@ class Parser:
             return name[1] in self._names
         return any(known.startswith(name[1]) for known in self._names)
 
-    def _take_tagged(self, block: str) -> list[Delta]:
-        """A block that begins with the opening tag, and all that was held before it is done with."""
+    def _take_tagged(self, block: str) -> list[Delta] | None:
+        """What begins with the opening tag, and ends what is held."""
         body = block[len(_OPENING) :].lstrip()
         if not body and not self._ended:
-            return []
+            return None
         found = _decode(body)
         calls = self._calls(found[0]) if found is not None else []
         if found is not None and calls:
@@ -423,23 +432,27 @@ class Parser:
             if behind.startswith(_CLOSING):
                 rest = behind[len(_CLOSING) :]
             elif _CLOSING.startswith(behind) and not self._ended:
-                return []
+                return None
             self._held = rest
             self._alone = True
             return calls
-        end = _end_of_block(block)
-        is_text = found is not None or end >= 0 or (body and body[0] not in "[{")
-        if not is_text and not self._ended and len(body) <= _LONGEST_CALL:
-            return []
-        # Not a call: text up to the end of the block, or at least its opening tag.
-        length = end + len(_CLOSING) if end >= 0 else len(_OPENING)
+        length = len(_OPENING)
+        if body[:1] in ("[", "{"):
+            end = _end_of_block(block)
+            if end >= 0:
+                length = end + len(_CLOSING)
+            elif found is None and not self._ended and len(body) <= _LONGEST_CALL:
+                return None
         return self._pass(len(self._held) - len(block) + length)
 
     def _calls(self, value: object) -> list[Delta]:
         """The calls that a JSON value stands for; none if any part of it is something else."""
         values = value if isinstance(value, list) else [value]
         calls = [_call(each, self._names) for each in values]
-        return [] if None in calls else [Delta(call=call) for call in calls]
+        if None in calls or not calls:
+            return []
+        self._called = True
+        return [Delta(call=call) for call in calls]
 
 
 def _end_of_block(block: str) -> int:
