@@ -17,6 +17,7 @@ masks take microseconds, and a token has at least one byte, so a closing of n by
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 from collections import OrderedDict
@@ -26,7 +27,7 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper, regex_to_lark
 from numpy.typing import NDArray
 
 from bitnet_rs.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ _MOST_CHARACTERS = 1 << 18
 
 # Bytes of the shortest text that was found for a grammar: longer ones are refused, as are grammars
 # that no text satisfies at all. To look for one takes about 10 µs a byte.
-_LONGEST_CLOSING = 8192
+_LONGEST_CLOSING = 4096
 
 # Steps of a search for a shorter closing, of about 10 µs each: before anything runs, and while other
 # sequences wait.
@@ -59,7 +60,7 @@ _NAME = 256
 
 # Steps of all walks for new closings before one token; candidates that would need further ones are
 # left out.
-_WALKING = 500
+_WALKING = 200
 
 # Limits of one compile and one step, for grammars from strangers. The compile ends within a second,
 # a step within 50 ms, then there is an error.
@@ -104,6 +105,9 @@ _TURNS = (
     bytes(range(0x80, 0x100)),
     bytes(range(0x20)) + b"\x7f",
 )
+
+# So many bytes are looked at one by one, more by their kinds.
+_FEW = 16
 _TURN_OF = {byte: i for i, turn in enumerate(_TURNS) for byte in turn}
 
 
@@ -139,20 +143,28 @@ class _Vocabulary:
         # How many objects and arrays one token can open.
         self.most_opened = max((t.count(b"{") + t.count(b"[") for t in self._ids), default=0)
 
-    def tokens(self, text: bytes) -> tuple[int, ...] | None:
-        """A text as tokens, the longest first; None where a byte has no token."""
-        found = []
-        at = 0
-        while at < len(text):
-            for n in range(min(self._longest, len(text) - at), 0, -1):
-                token = self._ids.get(text[at : at + n])
-                if token is not None:
-                    found.append(token)
-                    at += n
-                    break
-            else:
-                return None
-        return tuple(found)
+    def first(self, text: bytes) -> int | None:
+        """The longest token that a text begins with; None where there is none."""
+        for n in range(min(self._longest, len(text)), 0, -1):
+            token = self._ids.get(text[:n])
+            if token is not None:
+                return token
+        return None
+
+    def count(self, text: bytes) -> int:
+        """How many tokens a text takes, the longest first."""
+        count = 0
+        while text:
+            token = self.first(text)
+            # Without a token for each byte there is no telling; so many it takes at least.
+            text = text[1 if token is None else len(self.bytes[token]) :]
+            count += 1
+        return count
+
+    def fits(self, text: bytes, left: int) -> bool:
+        """Whether a text takes at most so many tokens."""
+        # A token has at least one byte, and most texts are far from the limit.
+        return len(text) <= left or self.count(text) <= left
 
 
 class _Place:
@@ -238,7 +250,7 @@ class _Closer:
     def walk(self, place: _Place, limit: int, *, remember: bool = False) -> _Walk:
         """Goes on from a place, which is used up, to the end or until there are `limit` bytes."""
         text = bytearray()
-        used: dict[int, int] = {}
+        used: dict[int, int] = {}  # the last step with a byte, or with one of a kind (+ 256)
         choices: list[_Choice] = []
         steps = 0
         complete = place.matcher.is_accepting()
@@ -250,7 +262,7 @@ class _Closer:
                 if not order:
                     break
                 go_on = order[:1]
-                used[_TURN_OF[go_on[0]]] = steps
+                used[go_on[0]] = used[_TURN_OF[go_on[0]] + 256] = steps
                 if remember and len(order) > 1 and len(choices) < _CHOICES:
                     choices.append(_Choice(len(text), place.copy(), order[1:]))
             if not place.take(go_on):
@@ -303,7 +315,11 @@ class _Closer:
         if not place.is_json:
             return self._by_turns(allowed, used)
         if not place.quoted:
-            return bytes(b for b in _OUTSIDE if b in allowed) or allowed
+            order = bytes(b for b in _OUTSIDE if b in allowed) or allowed
+            if 0x30 <= order[0] <= 0x39:  # with one digit over and over, some numbers never end
+                by_use = sorted(order, key=lambda b: used.get(b, 0))
+                return bytes(by_use)
+            return order
         order = self._by_turns(allowed, used)
         if 0x22 in allowed:
             order = b'"' + order.replace(b'"', b"")
@@ -315,11 +331,14 @@ class _Closer:
 
     @staticmethod
     def _by_turns(allowed: bytes, used: Mapping[int, int]) -> bytes:
-        """One byte of each kind, those kinds first that were not used for longest."""
+        """Bytes to try, those first that were not used for longest: all, or one of each kind."""
+        if len(allowed) <= _FEW:
+            few = sorted(allowed, key=lambda b: (used.get(b, 0), _TURN_OF[b], b))
+            return bytes(few)
         first: dict[int, int] = {}
         for byte in allowed:
             first.setdefault(_TURN_OF[byte], byte)
-        return bytes(first[turn] for turn in sorted(first, key=lambda t: (used.get(t, 0), t)))
+        return bytes(first[turn] for turn in sorted(first, key=lambda t: (used.get(t + 256, 0), t)))
 
 
 @dataclass(frozen=True)
@@ -416,9 +435,9 @@ class _Schema:
         pattern = schema.get("pattern")
         if isinstance(pattern, str):
             _check_characters("pattern", pattern)
-            # Each part as often as all repeat counts together can ask for.
-            times = np.prod([max(1.0, float(n)) for n in re.findall(r"\d+", pattern)])
-            size += 2 * len(pattern) * float(times)
+            # Each part as often as all counts together can ask for.
+            times = math.prod(max(1.0, float(n)) for n in re.findall(r"\{(\d+)", pattern))
+            size += 2 * len(pattern) * times
         return size
 
     def _ref(self, ref: object) -> float:
@@ -517,7 +536,7 @@ class GrammarConstraint:
         self._passed: dict[int, bytes] = {}  # tokens that were looked at, and closings behind them
         self._in_vain = False  # there was no closing that fits, and no use in looking again
         self._left = 0
-        self.shortest = len(self._tokens(compiled.closing))
+        self.shortest = vocabulary.count(compiled.closing)
 
     def restrict(self, logits: NDArray[np.float32], remaining: int) -> None:
         """As `engine.Constraint`."""
@@ -529,7 +548,7 @@ class GrammarConstraint:
             self._passed = {}
             self._catch_up()
             closing = self._closing
-            if closing is None or len(self._tokens(closing)) > remaining:
+            if closing is None or not self._vocabulary.fits(closing, remaining):
                 closing = self._look_for_shorter(remaining)
             if closing is not None and self._left < len(closing) + self._bounds.jump:
                 self._keep_what_ends_in_time(logits, closing)
@@ -552,11 +571,6 @@ class GrammarConstraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RuntimeError(f"the grammar got too complex: {_reason(self._matcher.get_error())}")
-
-    def _tokens(self, text: bytes) -> tuple[int, ...]:
-        tokens = self._vocabulary.tokens(text)
-        # Without a token for each byte there is no telling; never shorter than this.
-        return tokens if tokens is not None else tuple(text)
 
     def _catch_up(self) -> None:
         """Goes with `_place` and `_closing` to where the text is now."""
@@ -594,7 +608,7 @@ class GrammarConstraint:
             found = self._closer.search(self._place.copy(), most, _LITTLE_PATIENCE)
             if found is not None:
                 self._closing = found
-                if len(self._tokens(found)) <= most:
+                if self._vocabulary.fits(found, most):
                     return found
             self._in_vain = True
         return None
@@ -602,7 +616,7 @@ class GrammarConstraint:
     def _keep_what_ends_in_time(self, logits: NDArray[np.float32], closing: bytes) -> None:
         """Leaves only tokens behind which there is a closing that fits in what is left."""
         left = self._left
-        first = next(iter(self._tokens(closing)), None)
+        first = self._vocabulary.first(closing)
         steps = _WALKING
         for token in self._candidates(logits):
             if token == first:
@@ -615,7 +629,7 @@ class GrammarConstraint:
                     walk = self._closer.walk(place, min(4 * left, _LONGEST_CLOSING, steps))
                     steps -= walk.steps
                     found = walk.text if walk.complete else None
-            if found is not None and len(self._tokens(found)) <= left:
+            if found is not None and self._vocabulary.fits(found, left):
                 self._passed[token] = found
         if first is not None:
             self._passed[first] = closing[len(self._vocabulary.bytes[first]) :]
@@ -650,9 +664,10 @@ def _apply(mask: NDArray[np.uint8], logits: NDArray[np.float32]) -> None:
 
 
 def _reason(message: str) -> str:
-    """What llguidance says, without the state of its parser, on one line."""
-    text = message.partition("<state>")[0]
-    return " ".join(text.split())[:500] or "no reason given"
+    """What llguidance says, on one line, without the state of its parser or our own grammar."""
+    text = message.partition("<state>")[0].partition("\n   1 | start: ")[0]
+    text = re.sub(r"^at 1\(\d+\): (failed to compile JSON schema: )?", "", " ".join(text.split()))
+    return text[:500] or "no reason given"
 
 
 class Grammars:
@@ -681,8 +696,8 @@ class Grammars:
                 nothing satisfies it.
         """
         try:
-            # llguidance would take options from it.
-            text = json.dumps({k: v for k, v in schema.items() if k != "x-guidance"})
+            # Schemas may bring options of their own for llguidance, which these replace.
+            text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the schema is no JSON object: {error}") from None
         return self._constraint("schema", text)
@@ -744,11 +759,14 @@ class Grammars:
     def _compile(self, kind: _Kind, text: str) -> _Compiled:
         tokenizer, vocabulary = self._opened
         if kind == "schema":
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+            grammar = f"start: %json {text}"
         elif kind == "regular expression":
-            grammar = LLMatcher.grammar_from_regex(text)
+            grammar = f"start: /{regex_to_lark(text)}/"
         else:
-            grammar = LLMatcher.grammar_from_lark(text)
+            grammar = text
+        # Without this, what is certain could only be written with the tokenizer's own tokens for
+        # it, which may be more than the closing counts with.
+        grammar += '\n%llguidance {"no_forcing": true}'
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise ValueError(f"the {kind} is not supported: {_reason(matcher.get_error())}")
