@@ -90,7 +90,7 @@ $(BIN)/maturin: pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	@echo "installing Python packages into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade $$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(" ".join(chr(34) + d + chr(34) for d in p["dependencies"] + p["optional-dependencies"]["dev"]))' | tr -d '"')
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade $$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(" ".join(chr(34) + d + chr(34) for d in p["dependencies"] + p["optional-dependencies"]["server"] + p["optional-dependencies"]["dev"]))' | tr -d '"')
 	@touch $@
 
 rust:
