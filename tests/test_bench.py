@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitnet_rs import _core, bench, synthetic, system
+from bitnet_rs import _core, bench, machine, synthetic, system
 
 
 def make_cpus(root: Path, siblings: Mapping[int, str], file: str = "core_cpus_list") -> Path:
@@ -33,7 +33,8 @@ def test_cores_are_unknown_without_topology(tmp_path: Path) -> None:
     assert system.count_cores([], root) is None
 
 
-def cgroups(tmp_path: Path, own: str, files: Mapping[str, str]) -> float | None:
+def cgroups(tmp_path: Path, own: str, files: Mapping[str, str]) -> tuple[Path, Path]:
+    """The root of a tree of control groups, and the file that names the process's own."""
     root = tmp_path / "cgroup"
     root.mkdir()
     for name, content in files.items():
@@ -41,7 +42,7 @@ def cgroups(tmp_path: Path, own: str, files: Mapping[str, str]) -> float | None:
         (root / name).write_text(f"{content}\n")
     own_file = tmp_path / "own"
     own_file.write_text(f"{own}\n")
-    return system.cgroup_cpu_quota(root, own_file)
+    return root, own_file
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,35 @@ def cgroups(tmp_path: Path, own: str, files: Mapping[str, str]) -> float | None:
 def test_cgroup_quota(
     tmp_path: Path, own: str, files: Mapping[str, str], quota: float | None
 ) -> None:
-    assert cgroups(tmp_path, own, files) == quota
+    assert system.cgroup_cpu_quota(*cgroups(tmp_path, own, files)) == quota
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit"),
+    [
+        ("0::/a", {"a/memory.max": "max"}, None),
+        ("0::/a/b", {"a/b/memory.max": "4000", "a/memory.max": "3000"}, 3000),
+        ("0::/not/here", {"memory.max": "5000"}, 5000),
+        ("3:cpu,memory:/x", {"memory/x/memory.limit_in_bytes": "7000"}, 7000),
+        # version 1 without a limit
+        ("3:memory:/", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ("4:cpu:/x", {"memory/x/memory.limit_in_bytes": "7000"}, None),
+        ("0::/a", {"a/memory.max": "plenty"}, None),
+        ("nonsense", {}, None),
+    ],
+)
+def test_cgroup_memory(
+    tmp_path: Path, own: str, files: Mapping[str, str], limit: int | None
+) -> None:
+    assert system.cgroup_memory_limit(*cgroups(tmp_path, own, files)) == limit
+
+
+def test_memory_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "memory_bytes", lambda: 8000)
+    for limit, chosen in ((None, 2000), (4000, 1000), (100, 300)):
+        monkeypatch.setattr(system, "cgroup_memory_limit", lambda limit=limit: limit)
+        assert machine.choose_kv_memory(None, 300) == chosen
+        assert machine.choose_kv_memory(50, 300) == 50
 
 
 def test_quota_is_none_without_cgroups(tmp_path: Path) -> None:

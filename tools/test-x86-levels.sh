@@ -6,7 +6,7 @@
 # business of test-avx512-emulated.sh: this emulator has none.
 #
 # With --set-up it only fetches what it needs. Other arguments go to `cargo test`; the environment reaches the tests, of which
-# BITNET_RS_TEST_ONE_IN=1 runs all cases.
+# BITNET_RS_TEST_ONE_IN=1 runs all cases. BITNET_RS_TEST_LEVELS names the levels, all of them if it is unset.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/debs.sh
@@ -26,7 +26,7 @@ export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$PWD/target/cross/qemu/usr/b
 # here, and multiply-adds in software, which the others need, slower: few cases.
 # What is taken away ends warnings that the emulator lacks it; no test is about it.
 export BITNET_RS_TEST_ONE_IN=${BITNET_RS_TEST_ONE_IN:-7}
-for level in Opteron_G1:generic Conroe:ssse3 SandyBridge:ssse3 Haswell-noTSX:avx2; do
+for level in ${BITNET_RS_TEST_LEVELS:-Opteron_G1:generic Conroe:ssse3 SandyBridge:ssse3 Haswell-noTSX:avx2}; do
   echo "== x86-64, emulated ${level%:*}: kernels up to ${level#*:} =="
   # Without this, a level that the emulator does not show would pass by testing less.
   QEMU_CPU=${level%:*},-pcid,-x2apic,-tsc-deadline,-invpcid BITNET_RS_TEST_HIGHEST_ISA=${level#*:} \

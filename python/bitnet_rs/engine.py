@@ -43,7 +43,7 @@ from bitnet_rs.sampling import Logprobs, SamplingParams
 PREFILL_TOKENS = 256
 
 # The same where somebody waits for the end of the step: others decode, or have prompts of their own.
-SHARED_PREFILL_TOKENS = 128
+SHARED_PREFILL_TOKENS = 64
 
 # Prompt tokens of a request for their log-probabilities in one forward: each is a whole row of
 # logits, half a megabyte for a vocabulary of 128,256.
@@ -333,6 +333,11 @@ def choose(logits: NDArray[np.float32], params: SamplingParams, rng: np.random.G
     )
 
 
+def _scores(sequence: Running) -> bool:
+    """Whether its next tokens are part of a prompt whose log-probabilities are wanted."""
+    return sequence.request.prompt_logprobs and sequence._reads_prompt
+
+
 def pages_of(tokens: int) -> int:
     """Pages that keys and values of so many tokens take."""
     return -(-tokens // _core.kv_page)
@@ -569,28 +574,29 @@ class Engine:
 
     def _batch(self) -> list[_Segment]:
         """The segments of the next forward."""
-        pending: list[_Segment] = []
+        segments: list[_Segment] = []
+        prompts: list[int] = []  # which of them still read their prompt
         for sequence in self._active:
             if sequence._rests or (sequence._cache is None and not self._begin(sequence)):
                 continue
             cache = sequence._cache
             assert cache is not None  # `_begin` made it
-            pending.append(_Segment(sequence, cache, sequence.ids[sequence._n_kv :], True))
-        prompts = [each for each in pending if len(each.tokens) > 1]
-        n_decoding = len(pending) - len(prompts)
-        most = self._prefill_tokens if len(pending) == 1 else self._shared_prefill_tokens
+            pending = sequence._ids[sequence._n_kv : sequence._n]
+            if len(pending) > 1:
+                prompts.append(len(segments))
+            segments.append(_Segment(sequence, cache, pending, True))
+        if not prompts:
+            return segments
+        most = self._prefill_tokens if len(segments) == 1 else self._shared_prefill_tokens
         # Those that decode always take part; prompts share what is left.
-        shares = share_out([len(each.tokens) for each in prompts], max(1, most - n_decoding))
-        take = {id(each.sequence): n for each, n in zip(prompts, shares, strict=True)}
-        segments = []
-        for each in pending:
-            total = len(each.tokens)
-            n = take.get(id(each.sequence), total)
-            if each.sequence.request.prompt_logprobs and each.sequence._reads_prompt:
+        room = max(1, most - (len(segments) - len(prompts)))
+        shares = share_out([len(segments[i].tokens) for i in prompts], room)
+        for i, n in zip(prompts, shares, strict=True):
+            sequence, cache, pending, _ = segments[i]
+            if sequence.request.prompt_logprobs:
                 n = min(n, SCORED_TOKENS)
-            if n:
-                segments.append(each._replace(tokens=each.tokens[:n], complete=n == total))
-        return segments
+            segments[i] = _Segment(sequence, cache, pending[:n], n == len(pending))
+        return [each for each in segments if len(each.tokens)]
 
     def step(self) -> Sequence[Event]:
         """Computes one forward and returns what it brought: an event for each new token.
@@ -611,9 +617,9 @@ class Engine:
             sequence = each.sequence
             if sequence._reads_prompt:
                 self._totals.prompt_tokens += len(each.tokens)
-            pages = pages_of(sequence._n_kv)
+            before = sequence._n_kv
             sequence._n_kv += len(each.tokens)
-            self._kv_bytes += (pages_of(sequence._n_kv) - pages) * self._page_bytes
+            self._kv_bytes += (pages_of(sequence._n_kv) - pages_of(before)) * self._page_bytes
             if not each.complete:
                 continue
             try:
@@ -630,23 +636,19 @@ class Engine:
         self, segments: Sequence[_Segment]
     ) -> list[tuple[NDArray[np.uint32] | None, NDArray[np.float32]]]:
         """Runs the core; for each segment that is complete, the logits that choose its token."""
-        plain: list[_Segment] = []
-        scored: list[_Segment] = []
-        for each in segments:
-            scores = each.sequence.request.prompt_logprobs and each.sequence._reads_prompt
-            (scored if scores else plain).append(each)
-        found: dict[int, tuple[NDArray[np.uint32] | None, NDArray[np.float32]]] = {}
+        scored = [i for i, each in enumerate(segments) if _scores(each.sequence)]
+        plain = [each for i, each in enumerate(segments) if i not in scored]
+        found: list[tuple[NDArray[np.uint32] | None, NDArray[np.float32]]] = []
         if plain:
-            tops = self._core.forward_top(
+            found = self._core.forward_top(
                 [(each.tokens, each.cache) for each in plain],
                 [wanted_logits(each.sequence.request) if each.complete else 0 for each in plain],
             )
-            found |= {id(each): top for each, top in zip(plain, tops, strict=True)}
-        for each in scored:
-            rows = self._core.forward([(each.tokens, each.cache)], logits="all")
-            self._score(each, rows)
-            found[id(each)] = (None, rows[-1])
-        return [found[id(each)] for each in segments]
+        for i in scored:
+            rows = self._core.forward([(segments[i].tokens, segments[i].cache)], logits="all")
+            self._score(segments[i], rows)
+            found.insert(i, (None, rows[-1]))
+        return found
 
     def _score(self, segment: _Segment, rows: NDArray[np.float32]) -> None:
         """Notes the log-probabilities of the prompt's tokens that `rows` predict."""

@@ -71,8 +71,7 @@ def serve(
         ),
     ] = None,
     max_body: Annotated[
-        float,
-        typer.Option("--max-body", min=0.001, help="Most megabytes of a request's body."),
+        float, typer.Option("--max-body", min=0.001, help="Most megabytes of a request's body.")
     ] = 8.0,
     drain_timeout: Annotated[
         float,

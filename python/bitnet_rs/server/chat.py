@@ -62,16 +62,20 @@ class _Calling:
     """What a request allows of tool calls.
 
     Attributes:
-        tools: The functions that may be called; none: no text is taken for a call.
+        offered: The functions that may be called; none: no text is taken for a call.
         constrained: Whether the text is nothing but calls.
+        parallel: Whether there may be several in one answer.
     """
 
-    tools: list[dict[str, Any]] = field(default_factory=list)
+    offered: list[dict[str, Any]] = field(default_factory=list)
     constrained: bool = False
+    parallel: bool = True
 
     def parser(self) -> tools.Parser | None:
         """What finds calls in one choice's text; None where there are none to be found."""
-        return tools.Parser(self.tools, constrained=self.constrained) if self.tools else None
+        if not self.offered:
+            return None
+        return tools.Parser(self.offered, constrained=self.constrained)
 
 
 def _prepare(service: Service, body: ChatRequest) -> tuple[Plan, _Calling]:
@@ -84,13 +88,15 @@ def _prepare(service: Service, body: ChatRequest) -> tuple[Plan, _Calling]:
             "messages",
             "no_chat_template",
         )
-    messages: list[dict[str, Any]] = body.template_messages()
+    offered = body.tools or []
+    messages, variables = tools.prepare(
+        body.template_messages(), offered, body.tool_choice, model.tokenizer
+    )
     parallel = body.parallel_tool_calls is not False
-    messages, variables = tools.prepare(messages, body.tools, body.tool_choice, model.tokenizer)
-    schema = tools.call_schema(body.tools, body.tool_choice, parallel)
+    schema = tools.call_schema(offered, body.tool_choice, parallel=parallel)
     calling = _Calling()
-    if body.tools and body.tool_choice != "none":
-        calling = _Calling(body.tools, schema is not None)
+    if body.tool_choice != "none":
+        calling = _Calling(offered, constrained=schema is not None, parallel=parallel)
     prompt = model.tokenizer.apply_chat_template(messages, **variables)
     ids = model.tokenizer.encode(prompt, add_special_tokens=False)  # the template writes BOS
     name, wanted = body.most_tokens
@@ -113,17 +119,18 @@ class _Choice:
 
     Args:
         index: Which one.
-        parser: Finds tool calls in its text, if any are expected.
+        calling: What it may call.
         tokenizer: For the texts of tokens with log-probabilities.
     """
 
-    def __init__(self, index: int, parser: tools.Parser | None, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, calling: _Calling, tokenizer: Tokenizer) -> None:
         self.index = index
         self.text = ""
         self.calls: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []
         self.finish_reason: str | None = None
-        self._parser = parser
+        self._parser = calling.parser()
+        self._parallel = calling.parallel
         self._tokenizer = tokenizer
 
     def take(self, piece: Piece) -> dict[str, Any] | None:
@@ -163,7 +170,7 @@ class _Choice:
         calls = []
         for delta in deltas:
             content += delta.content or ""
-            if delta.call is not None:
+            if delta.call is not None and (self._parallel or not self.calls):
                 calls.append({"index": len(self.calls), **_call(delta.call)})
                 self.calls.append(_call(delta.call))
         return content, calls
@@ -215,8 +222,7 @@ class _Answer:
         self._body = body
         self._generation = generation
         self._choices = [
-            _Choice(i, calling.parser(), service.model.tokenizer)
-            for i in range(len(generation.replies))
+            _Choice(i, calling, service.model.tokenizer) for i in range(len(generation.replies))
         ]
 
     def _take(self, pieces: Sequence[Piece]) -> Iterator[dict[str, Any]]:

@@ -231,11 +231,13 @@ class Body:
         headers = Headers(scope=scope)
         try:
             self._check(headers)
+            if _length(headers) > self._limit:
+                if "expect" not in headers:  # those wait to be told to send
+                    await _discard(receive)
+                raise self._too_long()
             async with asyncio.timeout(_BODY_SECONDS):
                 body = await self._read(receive)
         except ApiError as error:
-            if error.status == 413 and "expect" not in headers:
-                await _discard(receive)
             await error.response()(scope, receive, send)
             return
         except TimeoutError:
@@ -256,7 +258,8 @@ class Body:
 
         await self._app(scope, replay, send)
 
-    def _check(self, headers: Headers) -> None:
+    @staticmethod
+    def _check(headers: Headers) -> None:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(
@@ -266,9 +269,6 @@ class Body:
                 code="unsupported_media_type",
                 headers={"Connection": "close"},
             )
-        length = headers.get("content-length", "")
-        if length.isdigit() and int(length[:20]) > self._limit:
-            raise self._too_long()
 
     def _too_long(self) -> ApiError:
         return ApiError(
@@ -290,10 +290,18 @@ class Body:
             piece = message.get("body", b"")
             n += len(piece)
             if n > self._limit:
+                if message.get("more_body", False):
+                    await _discard(receive)
                 raise self._too_long()
             pieces.append(piece)
             if not message.get("more_body", False):
                 return b"".join(pieces)
+
+
+def _length(headers: Headers) -> int:
+    """The length that a body is said to have; 0 where it is not said."""
+    length = headers.get("content-length", "")
+    return int(length[:20]) if length.isdigit() else 0
 
 
 async def _discard(receive: Receive) -> None:

@@ -7,6 +7,7 @@ moment (tokenizing, templates, grammars) is done in threads from here, off the e
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -167,8 +168,9 @@ class Service:
             ValueError: As `Model.request`.
         """
         limit = self.settings.max_tokens
-        if limit is not None and settings.max_tokens is None:
-            default_max_tokens = min(default_max_tokens or limit, limit)
+        if limit is not None:
+            wanted = settings.max_tokens or default_max_tokens or limit
+            settings = replace(settings, max_tokens=min(wanted, limit))
         requests: list[Request] = []
         stops: list[tuple[str, ...]] = []
         for i, prompt in enumerate(prompts):
@@ -278,12 +280,13 @@ def _with_api_errors(work: Callable[[], _T]) -> _T:
         return work()
     except ValueError as error:
         message = str(error)
-        first = message.partition(" ")[0]
-        raise bad_request(message, first if first in _OPTIONS else None) from None
+        param = message.partition(" ")[0]
+        known = re.split(r"[\[.]", param)[0] in _FIELDS
+        raise bad_request(message, param if known else None) from None
 
 
-# Our messages begin with the name of the option they are about.
-_OPTIONS = frozenset({*Options.__annotations__, "prompt"})
+# The messages begin with the name of the option or the field that they are about.
+_FIELDS = frozenset({*Options.__annotations__, "prompt", "messages", "tools", "tool_choice"})
 
 
 def _formats(body: ChatRequest | CompletionRequest) -> list[tuple[str, tuple[str, Any]]]:
