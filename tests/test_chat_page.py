@@ -651,6 +651,7 @@ def test_a_server_that_wants_a_key(chromium: Any) -> None:
         page.click("text=Cancel")
         expect(page.locator(".trouble")).to_contain_text("This server wants an API key.")
         page.click("text=Enter the key")
+        expect(page.locator("#key")).to_be_focused()
         page.keyboard.type("right")
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_have_text("demo")
