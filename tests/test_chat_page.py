@@ -651,6 +651,7 @@ def test_a_server_that_wants_a_key(chromium: Any) -> None:
         page.click("text=Cancel")
         expect(page.locator(".trouble")).to_contain_text("This server wants an API key.")
         page.click("text=Enter the key")
+        expect(page.locator("#key")).to_be_focused()
         page.keyboard.type("right")
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_have_text("demo")
@@ -799,8 +800,8 @@ def test_a_phone_has_no_sideways_scrolling(chromium: Any, url: str, width: int) 
 def test_screenshots(chromium: Any, url: str) -> None:
     IMAGES.mkdir(exist_ok=True)
     views: dict[str, dict[str, Any]] = {
-        "chat.png": {"viewport": {"width": 1000, "height": 680}},
-        "chat-dark.png": {"viewport": {"width": 1000, "height": 680}, "color_scheme": "dark"},
+        "chat.png": {"viewport": {"width": 1000, "height": 720}},
+        "chat-dark.png": {"viewport": {"width": 1000, "height": 720}, "color_scheme": "dark"},
     }
     for name, options in views.items():
         with opened(chromium, url, **options) as page:
