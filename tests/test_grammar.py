@@ -400,6 +400,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "array", "uniqueItems": True}, "Unimplemented keys"),
     ({"type": "object", "minProperties": 2}, "minProperties 2 where properties may have any name"),
     ({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}, "oneOf"),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "exclusiveMinimum 0 with maximum"),
+    ({"type": "number", "minimum": 1.5, "exclusiveMaximum": 2}, "exclusiveMaximum 2 with minimum"),
     ({"type": "string", "format": "iri"}, "Unknown format: iri"),
     ({"type": "string", "pattern": "(a"}, "unclosed group"),
     ({"type": "string", "pattern": "(?=a)b"}, "look-around"),

@@ -177,16 +177,19 @@ class _Place:
         self.quoted = False
         self._escaped = False
         self.string = b""  # since its quote
+        self.recent = b""
 
     def copy(self) -> _Place:
         other = _Place(self.matcher.deep_copy(), is_json=self.is_json)
-        other.quoted, other._escaped, other.string = self.quoted, self._escaped, self.string
+        other.quoted, other._escaped = self.quoted, self._escaped
+        other.string, other.recent = self.string, self.recent
         return other
 
     def take(self, text: bytes) -> bool:
         """Goes on by some bytes; False where they may not follow."""
         if not self.matcher.consume_tokens(list(text)):
             return False
+        self.recent = (self.recent + text)[-3:]
         if self.is_json:
             for byte in text:
                 self._track(byte)
@@ -321,8 +324,12 @@ class _Closer:
             return self._by_turns(allowed, used)
         if not place.quoted:
             order = bytes(b for b in _OUTSIDE if b in allowed) or allowed
-            if 0x30 <= order[0] <= 0x39:  # with one digit over and over, some numbers never end
+            if 0x30 <= order[0] <= 0x39:
+                # With one digit over and over, some numbers never end: multiples of 7 need others,
+                # those of 100 need zeros.
                 by_use = sorted(order, key=lambda b: used.get(b, 0))
+                if place.recent[-2:].isdigit() and not place.recent.endswith(b"000"):
+                    by_use.sort(key=lambda b: b != 0x30)
                 return bytes(by_use)
             return order
         order = self._by_turns(allowed, used)
@@ -436,6 +443,7 @@ class _Schema:
     def _scalar(self, schema: Mapping[str, Any]) -> float:
         size: float = _count(schema.get("minLength"))
         if _may_be(schema, "number") or _may_be(schema, "integer"):
+            _check_bounds(schema)
             size += self._VALUE
         if "format" in schema:
             size += self._FORMAT
@@ -485,6 +493,24 @@ def _list(value: object) -> list[Any]:
 
 def _count(value: object) -> int:
     return value if isinstance(value, int) else 0
+
+
+def _check_bounds(schema: Mapping[str, Any]) -> None:
+    """Refuses bounds that llguidance takes to include a number that they exclude."""
+    for word, others in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+    ):
+        bound = schema.get(word)
+        for other in others:
+            end = schema.get(other)
+            if not isinstance(bound, int | float) or not isinstance(end, int | float):
+                continue
+            if bound == int(bound) and abs(end - bound) < 1:
+                raise ValueError(
+                    f"the schema is not supported: {word} {bound} with {other} {end}, less than 1 "
+                    "away; wanted a bound that is included"
+                )
 
 
 def _check_characters(word: str, value: object) -> None:
