@@ -9,7 +9,7 @@ SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
 CORE := python/bitnet_rs/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated fuzz lint format bench bench-results bench-kernels wheel clean rust
+.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated fuzz lint format bench bench-results bench-kernels screenshots wheel clean rust
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 24
@@ -72,6 +72,9 @@ bench-results: $(CORE)  ## Measure what docs/performance.md quotes (on a quiet m
 bench-kernels: $(CORE)  ## Measure the tables of docs/kernels.md (10 minutes, on a quiet machine)
 	PYTHONPATH=benches $(BIN)/python benches/record_kernels.py
 
+screenshots: $(CORE)  ## Take the pictures of the chat page in docs/images (needs chromium)
+	BITNET_RS_SCREENSHOTS=1 $(BIN)/python -m pytest -q tests/test_chat_page.py -k screenshots
+
 wheel: rust $(BIN)/maturin  ## Build a wheel into dist/
 	$(BIN)/maturin build --release --locked --out dist
 
@@ -90,7 +93,7 @@ $(BIN)/maturin: pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	@echo "installing Python packages into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade $$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(" ".join(chr(34) + d + chr(34) for d in p["dependencies"] + p["optional-dependencies"]["dev"]))' | tr -d '"')
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade $$($(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(" ".join(chr(34) + d + chr(34) for d in p["dependencies"] + p["optional-dependencies"]["server"] + p["optional-dependencies"]["dev"]))' | tr -d '"')
 	@touch $@
 
 rust:

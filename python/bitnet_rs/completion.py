@@ -166,16 +166,20 @@ class Reply:
         """The text so far."""
         return "".join(self._pieces)
 
+    @property
+    def usage(self) -> Usage:
+        """Tokens taken so far."""
+        sequence = self.sequence
+        return Usage(len(sequence.request.prompt), len(self._tokens), sequence.n_cached)
+
     def completion(self) -> Completion:
         """The finished generation; an unfinished one counts as cancelled."""
-        sequence = self.sequence
-        n_prompt = len(sequence.request.prompt)
         return Completion(
             text=self.text,
             tokens=list(self._tokens),
             logprobs=self._token_logprobs(),
             finish_reason=self.finish_reason or "cancelled",
-            usage=Usage(n_prompt, len(self._tokens), sequence.n_cached),
+            usage=self.usage,
             timings=self._timings(),
         )
 

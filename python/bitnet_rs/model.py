@@ -522,17 +522,18 @@ class Model:
                 "microsoft/bitnet-embedding-0.6b; use generate() or logits()"
             )
         if isinstance(text, str):
-            one: NDArray[np.float32] = self._embed([self._prompt(text, "text")])[0]
+            one: NDArray[np.float32] = self.embed_ids([self._prompt(text, "text")])[0]
             return one
         ids = []
         for i, each in enumerate(check_iterable("text", text, "a str, or a list of them")):
             if not isinstance(each, str):
                 raise TypeError(f"text[{i}] is a {type(each).__name__}; wanted a str")
             ids.append(self._prompt(each, f"text[{i}]"))
-        return self._embed(ids)
+        return self.embed_ids(ids)
 
-    def _embed(self, texts: list[NDArray[np.uint32]]) -> NDArray[np.float32]:
-        """Embeddings of token ids: passes of so many tokens as a prompt's chunks have."""
+    def embed_ids(self, texts: Sequence[NDArray[np.uint32]]) -> NDArray[np.float32]:
+        """As `embed`, for texts that are token ids already, from `check_encoded` or `check_ids`."""
+        # Passes of so many tokens as a prompt's chunks have.
         core = self.core
         out: NDArray[np.float32]
         out = np.empty((len(texts), int(self.facts["hidden_size"])), np.float32)

@@ -35,6 +35,10 @@ _REPLACEMENT = "\ufffd"
 # a token at least one, so with 8 there are always earlier tokens that can be settled.
 _UNDECIDED = 8
 
+# Characters, or ids, from which on tokenizers is called by its functions for batches: only those let
+# go of the GIL, and a megabyte takes a second or two. Not for all: they start threads.
+_LONG = 1 << 13
+
 # Tokens that end a turn in the chat formats of the supported families. Some checkpoints name only
 # one of two as `eos` (2B-4T: <|end_of_text|>, while its turns end with <|eot_id|>).
 _END_OF_TURN = (
@@ -266,8 +270,15 @@ class Tokenizer:
                 f"text holds a lone surrogate at position {error.start}, which is not a character; "
                 "decode the input as UTF-8, or with errors='replace'"
             ) from None
+
+        def run() -> tokenizers.Encoding:
+            if len(text) < _LONG:
+                return self._backend.encode(text, add_special_tokens=add_special_tokens)
+            batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return batch[0]
+
         encoding = _call_backend(
-            lambda: self._backend.encode(text, add_special_tokens=add_special_tokens),
+            run,
             f"{self._source}: the tokenizer cannot encode a text of {len(text)} characters",
             "its unknown token or a special token is missing; fetch the file again, or repair it",
         )
@@ -296,8 +307,15 @@ class Tokenizer:
                 fails.
         """
         checked = list(map(_token_id, ids))
+
+        def run() -> str:
+            if len(checked) < _LONG:
+                return str(self._backend.decode(checked, skip_special_tokens=skip_special_tokens))
+            batch = self._backend.decode_batch([checked], skip_special_tokens=skip_special_tokens)
+            return str(batch[0])
+
         return _call_backend(
-            lambda: str(self._backend.decode(checked, skip_special_tokens=skip_special_tokens)),
+            run,
             f"{self._source}: the tokenizer cannot decode {len(checked)} ids",
             "fetch the file again, or repair its `decoder`",
         )

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from bitnet_rs import __version__
-from bitnet_rs.cli import bench, chat, convert, generate, info, verify
+from bitnet_rs.cli import bench, chat, convert, generate, info, serve, verify
 
 app = typer.Typer(
     name="bitnet-rs",
@@ -32,6 +32,7 @@ app = typer.Typer(
 for command in (
     generate.generate,
     chat.chat,
+    serve.serve,
     info.info,
     verify.verify,
     bench.bench,

@@ -1,5 +1,6 @@
-"""The HTTP server: OpenAI's API over one model.
+"""An OpenAI-compatible HTTP server for one model. Needs the extra: `pip install 'bitnet-rs[server]'`.
 
-For `bitnet-rs serve`. Apart because it needs packages that the rest does not, those of
-`pip install bitnet-rs[server]`; nothing outside it and the command line imports it.
+For `bitnet-rs serve`, and for programs that bring their own ASGI server (`app.create_app`). Apart
+because nothing of it is imported unless a model is served: it brings packages that who only
+generates does without.
 """
