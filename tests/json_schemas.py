@@ -52,6 +52,11 @@ def _strings(draw: st.DrawFn) -> Schema:
 @st.composite
 def _numbers(draw: st.DrawFn) -> Schema:
     schema: Schema = {"type": draw(st.sampled_from(["integer", "number"]))}
+    if schema["type"] == "number" and draw(st.booleans()):
+        low, high = draw(
+            st.sampled_from([(-1.5, -1.4), (0, 1), (0.999, 1.1), (41, 44.5), (1e6, 2e6)])
+        )
+        return schema | {"exclusiveMinimum": low, "exclusiveMaximum": high}
     if draw(st.booleans()):
         schema["minimum"] = draw(st.integers(-(10**6), 10**6))
     if draw(st.booleans()):
@@ -84,7 +89,22 @@ def _objects(draw: st.DrawFn, inner: st.SearchStrategy[Schema]) -> Schema:
         schema["additionalProperties"] = False
     elif more == "typed":
         schema["additionalProperties"] = {"type": "integer"}
+        if draw(st.booleans()):
+            schema["patternProperties"] = {"^x-": {"type": "string"}}
     return schema
+
+
+@st.composite
+def _both(draw: st.DrawFn, inner: st.SearchStrategy[Schema]) -> Schema:
+    """Two schemas of objects at once."""
+    first, second = draw(inner), draw(inner)
+    return {
+        "type": "object",
+        "allOf": [
+            {"properties": {"first": first}, "required": ["first"]},
+            {"properties": {"second": second}, "required": draw(st.sampled_from([[], ["second"]]))},
+        ],
+    }
 
 
 @st.composite
@@ -129,7 +149,7 @@ def schemas() -> st.SearchStrategy[Schema]:
 
     def deeper(inner: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema]:
         several = st.lists(inner, min_size=1, max_size=3).map(lambda each: {"anyOf": each})
-        return st.one_of(_objects(inner), _objects(inner), _arrays(inner), several)
+        return st.one_of(_objects(inner), _objects(inner), _arrays(inner), several, _both(inner))
 
     def complete(schema: Schema) -> Schema:
         return {**schema, "$defs": _DEFINITIONS}

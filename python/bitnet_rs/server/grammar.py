@@ -47,9 +47,10 @@ _LITTLE_PATIENCE = 2_000
 # Compiled grammars that are kept. Those of a few kilobytes of schema take megabytes.
 _KEPT = 32
 
-# Near the end: tokens looked at, at most, and how far (in nats) below the best one. What is left out
-# has a probability below e^-10 of the best one's.
+# Near the end: tokens looked at, at most, and together how probable they are, of those that are at
+# most so many nats below the best one. The rest is left out.
 _CANDIDATES = 64
+_CANDIDATE_SHARE = 0.999
 _CANDIDATE_RANGE = 10.0
 
 # Choices of a walk that are remembered for a search: each keeps a copy of a matcher.
@@ -176,16 +177,19 @@ class _Place:
         self.quoted = False
         self._escaped = False
         self.string = b""  # since its quote
+        self.recent = b""
 
     def copy(self) -> _Place:
         other = _Place(self.matcher.deep_copy(), is_json=self.is_json)
-        other.quoted, other._escaped, other.string = self.quoted, self._escaped, self.string
+        other.quoted, other._escaped = self.quoted, self._escaped
+        other.string, other.recent = self.string, self.recent
         return other
 
     def take(self, text: bytes) -> bool:
         """Goes on by some bytes; False where they may not follow."""
         if not self.matcher.consume_tokens(list(text)):
             return False
+        self.recent = (self.recent + text)[-3:]
         if self.is_json:
             for byte in text:
                 self._track(byte)
@@ -241,16 +245,19 @@ class _Closer:
 
     Args:
         keys: Names of required properties, which lead on where others are detours.
+        patterns: Regular expressions and the like. What is spelled out in them is worth a try
+            where anything may come: `.*x` goes on for ever without an x.
     """
 
-    def __init__(self, keys: Iterable[str] = ()) -> None:
+    def __init__(self, keys: Iterable[str], patterns: Iterable[str]) -> None:
         # As they stand in JSON behind the first quote, up to the one that ends them.
+        self._hints = frozenset("".join(patterns).encode("ascii", "ignore")) - frozenset(b'"\\')
         self._keys = tuple({json.dumps(key, ensure_ascii=False).encode()[1:] for key in keys})
 
     def walk(self, place: _Place, limit: int, *, remember: bool = False) -> _Walk:
         """Goes on from a place, which is used up, to the end or until there are `limit` bytes."""
         text = bytearray()
-        used: dict[int, int] = {}  # the last step with a byte, or with one of a kind (+ 256)
+        used: dict[int, int] = {}  # by turn, the last step
         choices: list[_Choice] = []
         steps = 0
         complete = place.matcher.is_accepting()
@@ -262,7 +269,8 @@ class _Closer:
                 if not order:
                     break
                 go_on = order[:1]
-                used[go_on[0]] = used[_TURN_OF[go_on[0]] + 256] = steps
+                for few in (True, False):
+                    used[self._turn(go_on[0], few=few)] = steps
                 if remember and len(order) > 1 and len(choices) < _CHOICES:
                     choices.append(_Choice(len(text), place.copy(), order[1:]))
             if not place.take(go_on):
@@ -316,8 +324,12 @@ class _Closer:
             return self._by_turns(allowed, used)
         if not place.quoted:
             order = bytes(b for b in _OUTSIDE if b in allowed) or allowed
-            if 0x30 <= order[0] <= 0x39:  # with one digit over and over, some numbers never end
+            if 0x30 <= order[0] <= 0x39:
+                # With one digit over and over, some numbers never end: multiples of 7 need others,
+                # those of 100 need zeros.
                 by_use = sorted(order, key=lambda b: used.get(b, 0))
+                if place.recent[-2:].isdigit() and not place.recent.endswith(b"000"):
+                    by_use.sort(key=lambda b: b != 0x30)
                 return bytes(by_use)
             return order
         order = self._by_turns(allowed, used)
@@ -329,16 +341,17 @@ class _Closer:
             order = leads + bytes(b for b in order if b not in leads)
         return order
 
-    @staticmethod
-    def _by_turns(allowed: bytes, used: Mapping[int, int]) -> bytes:
+    def _by_turns(self, allowed: bytes, used: Mapping[int, int]) -> bytes:
         """Bytes to try, those first that were not used for longest: all, or one of each kind."""
-        if len(allowed) <= _FEW:
-            few = sorted(allowed, key=lambda b: (used.get(b, 0), _TURN_OF[b], b))
-            return bytes(few)
         first: dict[int, int] = {}
+        few = len(allowed) <= _FEW
         for byte in allowed:
-            first.setdefault(_TURN_OF[byte], byte)
-        return bytes(first[turn] for turn in sorted(first, key=lambda t: (used.get(t + 256, 0), t)))
+            first.setdefault(self._turn(byte, few=few), byte)
+        return bytes(first[turn] for turn in sorted(first, key=lambda t: (used.get(t, 0), t)))
+
+    def _turn(self, byte: int, *, few: bool) -> int:
+        """What a byte takes turns as: itself, with few to choose from, else its kind."""
+        return byte if few or byte in self._hints else 256 + _TURN_OF[byte]
 
 
 @dataclass(frozen=True)
@@ -375,6 +388,7 @@ class _Schema:
         self._open: set[str] = set()
         self.nests = False
         self.keys: set[str] = set()
+        self.patterns: list[str] = []
         self.size = self._value(root)
 
     def _value(self, schema: object) -> float:
@@ -429,12 +443,14 @@ class _Schema:
     def _scalar(self, schema: Mapping[str, Any]) -> float:
         size: float = _count(schema.get("minLength"))
         if _may_be(schema, "number") or _may_be(schema, "integer"):
+            _check_bounds(schema)
             size += self._VALUE
         if "format" in schema:
             size += self._FORMAT
         pattern = schema.get("pattern")
         if isinstance(pattern, str):
             _check_characters("pattern", pattern)
+            self.patterns.append(pattern)
             # Each part as often as all counts together can ask for.
             times = math.prod(max(1.0, float(n)) for n in re.findall(r"\{(\d+)", pattern))
             size += 2 * len(pattern) * times
@@ -477,6 +493,24 @@ def _list(value: object) -> list[Any]:
 
 def _count(value: object) -> int:
     return value if isinstance(value, int) else 0
+
+
+def _check_bounds(schema: Mapping[str, Any]) -> None:
+    """Refuses bounds that llguidance takes to include a number that they exclude."""
+    for word, others in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+    ):
+        bound = schema.get(word)
+        for other in others:
+            end = schema.get(other)
+            if not isinstance(bound, int | float) or not isinstance(end, int | float):
+                continue
+            if bound == int(bound) and abs(end - bound) < 1:
+                raise ValueError(
+                    f"the schema is not supported: {word} {bound} with {other} {end}, less than 1 "
+                    "away; wanted a bound that is included"
+                )
 
 
 def _check_characters(word: str, value: object) -> None:
@@ -570,7 +604,7 @@ class GrammarConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar got too complex: {_reason(self._matcher.get_error())}")
+            raise _too_complex(self._matcher)
 
     def _catch_up(self) -> None:
         """Goes with `_place` and `_closing` to where the text is now."""
@@ -579,7 +613,7 @@ class GrammarConstraint:
             return
         known = self._continue(ahead)
         if not self._place.take(ahead):
-            raise RuntimeError("the text left the grammar")
+            raise _too_complex(self._place.matcher)
         if known is None:
             walk = self._closer.walk(self._place.copy(), _LONGEST_CLOSING)
             known = walk.text if walk.complete else None
@@ -640,11 +674,12 @@ class GrammarConstraint:
 
     def _candidates(self, logits: NDArray[np.float32]) -> list[int]:
         """The most probable tokens that may come next, but those that end the text."""
-        likely = np.flatnonzero(logits >= logits.max() - _CANDIDATE_RANGE)
-        if len(likely) > _CANDIDATES:
-            likely = likely[np.argpartition(-logits[likely], _CANDIDATES)[:_CANDIDATES]]
+        best = logits.max()
+        likely = np.flatnonzero(logits > max(best - _CANDIDATE_RANGE, -np.inf))
         likely = likely[np.argsort(-logits[likely], kind="stable")]
-        return [i for i in likely.tolist() if i not in self._ends and logits[i] > -np.inf]
+        share = np.cumsum(np.exp(logits[likely] - best))
+        n = int(np.searchsorted(share, _CANDIDATE_SHARE * share[-1])) + 1
+        return [i for i in likely[: min(n, _CANDIDATES)].tolist() if i not in self._ends]
 
 
 # Of each byte of a mask: +inf where a bit is set, -inf where it is not.
@@ -663,9 +698,14 @@ def _apply(mask: NDArray[np.uint8], logits: NDArray[np.float32]) -> None:
     logits[n:] = -np.inf
 
 
+def _too_complex(matcher: LLMatcher) -> RuntimeError:
+    """The error for a grammar that compiles, and then cannot be followed within the limits."""
+    return RuntimeError(f"the grammar is too complex: {_reason(matcher.get_error())}")
+
+
 def _reason(message: str) -> str:
     """What llguidance says, on one line, without the state of its parser or our own grammar."""
-    text = message.partition("<state>")[0].partition("\n   1 | start: ")[0]
+    text = re.split("<state>|<non-verbose/>", message)[0].partition("\n   1 | start: ")[0]
     text = re.sub(r"^at 1\(\d+\): (failed to compile JSON schema: )?", "", " ".join(text.split()))
     return text[:500] or "no reason given"
 
@@ -770,10 +810,10 @@ class Grammars:
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise ValueError(f"the {kind} is not supported: {_reason(matcher.get_error())}")
-        closer, bounds = _Closer(), _UNKNOWN
+        closer, bounds = _Closer((), [text]), _UNKNOWN
         if kind == "schema":
             facts = _Schema(json.loads(text))
-            closer = _Closer(facts.keys)
+            closer = _Closer(facts.keys, facts.patterns)
             jump = facts.size * (1 + vocabulary.most_opened)
             bounds = _Bounds(np.inf if facts.nests else facts.size, jump)
         of_bytes = LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=_LIMITS)
