@@ -221,7 +221,14 @@ def main() -> int:
     model = bitnet_rs.load()
     pool = [(body, alone(model, body)) for body in bodies(seed, 60)]
     command = [sys.executable, "-m", "bitnet_rs", "serve", "--port", "0", "--max-sequences", "6"]
-    command += ["--max-queue", "8", "--kv-memory", str(KV_MEMORY_MB), "--max-body", str(MAX_BODY / 1e6)]
+    command += [
+        "--max-queue",
+        "8",
+        "--kv-memory",
+        str(KV_MEMORY_MB),
+        "--max-body",
+        str(MAX_BODY / 1e6),
+    ]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
