@@ -140,9 +140,9 @@ pub trait Kernel: Send + Sync {
         }
     }
 
-    /// Inputs that a task takes at most, where taking more of them at once brings
-    /// nothing: tasks then share out inputs rather than rows.
-    fn block_inputs(&self) -> usize {
+    /// Inputs, of so many in a step, that a task takes at most, where taking more of them
+    /// at once brings nothing: tasks then share out inputs rather than rows.
+    fn block_inputs(&self, _inputs: usize) -> usize {
         usize::MAX
     }
 
@@ -464,7 +464,7 @@ pub fn multiply<const N: usize>(
     }
     let kernel = products[0].0.kernels.for_inputs(xs.len());
     // Where inputs share something made of them, all matrices are one group.
-    let mut tasks = if kernel.block_inputs() == usize::MAX {
+    let mut tasks = if kernel.block_inputs(xs.len()) == usize::MAX {
         tasks(team, kernel, xs, products.map(|product| [product]))
     } else {
         tasks(team, kernel, xs, [products])
@@ -482,10 +482,11 @@ fn tasks<'a, const N: usize, const GROUPS: usize>(
 ) -> Vec<(&'a [Prepared], Vec<Part<'a>>)> {
     let mut tasks = Vec::new();
     for products in groups {
-        let block = kernel.block_inputs().min(xs.len());
+        let most = kernel.block_inputs(xs.len());
+        let block = most.min(xs.len());
         let blocks = xs.len().div_ceil(block);
         let rows: usize = products.iter().map(|(w, _)| w.rows).sum();
-        let cuts = if kernel.block_inputs() == usize::MAX {
+        let cuts = if most == usize::MAX {
             if team.threads() == 1 { 1 } else { team.threads() * CHUNKS_PER_THREAD }
         } else {
             // A whole number of tasks for each thread, if there are few.

@@ -111,8 +111,8 @@ impl Prepared {
 
     /// Turns the exact integer sum `acc = sum(q * t)` of a row into its
     /// output. Integers become floats here, and by the same operations in vectors in
-    /// `Lines::rescale` of `vlut.rs`; nowhere else. First by `s`, then
-    /// by the weights' scale: the order of `AutoBitLinear` in transformers and
+    /// `Lines::rescale` of `vlut.rs` and `rescale` of `avx2_i2_runs.rs`; nowhere else. First
+    /// by `s`, then by the weights' scale: the order of `AutoBitLinear` in transformers and
     /// of I2_S in bitnet.cpp (docs/numerics.md has the others that were tried).
     #[inline(always)]
     pub(super) fn rescale(&self, acc: i32, weight_scale: f32) -> f32 {

@@ -73,10 +73,6 @@ const BLOCK: usize = 32;
 /// More rows share a table's cost.
 const TILE_BYTES: usize = 2560 * 128;
 
-/// Inputs left over beside a narrow unit, for which another kernel goes over the
-/// weights once more: four take what a wide unit takes more than a narrow one.
-const BESIDE: usize = 3;
-
 /// Tables of a pass at most.
 const MAX_TABLES: usize = 4;
 
@@ -224,8 +220,8 @@ where
         Some((self.other.name(), self.few))
     }
 
-    fn block_inputs(&self) -> usize {
-        BLOCK
+    fn block_inputs(&self, inputs: usize) -> usize {
+        if inputs <= self.few { usize::MAX } else { BLOCK }
     }
 
     fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
@@ -233,9 +229,11 @@ where
             let mut at = 0;
             for (i, &unit) in self.units.iter().enumerate() {
                 // What is left of whole units is one more, unless the next smaller unit and a
-                // few inputs beside it hold it: 17 inputs are 16 and one, not 32.
+                // few inputs beside it hold it: 17 inputs are 16 and one, not 32. A wide unit
+                // takes two thirds of a narrow one more, and that as long as `few` inputs.
                 let rest = (xs.len() - at) % unit;
-                let smaller = self.units.get(i + 1).map_or(self.few, |next| next + BESIDE);
+                let smaller =
+                    self.units.get(i + 1).map_or(self.few, |next| next + self.few * 2 / 3);
                 let end = if rest > smaller { xs.len() } else { xs.len() - rest };
                 if end > at {
                     (self.multiply)(unit == WIDE, parts, &xs[at..end], block * BLOCK + at);

@@ -18,15 +18,16 @@
 //! where shifting each field to the bottom, 15 instructions and more
 //! widenings, reached 20. From memory it is as fast as reading.
 //!
-//! GEMM unpacks once for all tokens (`avx2_tile.rs`) if they are many.
+//! Several tokens are multiplied together: `avx2_i2_runs.rs`.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::generic::blocks::{BLOCK_BYTES, ROWS};
 use super::super::generic::i2::{BLOCK_COLS, Cut, I2};
-use super::super::{Kernel, Layout, PackedMatrix, Prepared};
-use super::avx2_tile::{CHUNK, Codes, add_lanes, gemm_codes, load, load_i8};
+use super::super::{Kernel, Layout, PackedMatrix, Part, Prepared};
+use super::avx2_i2_runs::gemm_parts;
+use super::avx2_tile::{CHUNK, Codes, add_lanes, load, load_i8};
 use super::prefetch;
 use crate::cpu::Avx2;
 
@@ -36,10 +37,6 @@ use crate::cpu::Avx2;
 /// blocks add up to -32768 at most, which int16 just holds. Single codes stay
 /// a quarter of that.
 const BLOCKS: usize = 4;
-
-/// Inputs from which on it pays to unpack: below, as many GEMVs are faster
-/// (4 inputs: 100 instead of 93 GMAC/s, 2: 100 instead of 70, on Zen 3).
-const UNPACK: usize = 5;
 
 pub(super) struct Avx2I2(Avx2);
 
@@ -61,31 +58,32 @@ impl Kernel for Avx2I2 {
     fn gemv(&self, w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
         let _proof = self.0;
         // SAFETY: `self.0` proves that the CPU has AVX2.
-        unsafe { multiply(w, rows, std::slice::from_ref(x), &mut [y]) }
+        unsafe { multiply(w, rows, x, y) }
     }
 
     fn gemm(&self, w: &PackedMatrix, rows: Range<usize>, xs: &[Prepared], ys: &mut [&mut [f32]]) {
+        let ys = ys.iter_mut().map(|y| &mut **y).collect();
+        self.gemm_parts(&mut [Part { w, rows, ys }], xs);
+    }
+
+    fn gemm_parts(&self, parts: &mut [Part<'_>], xs: &[Prepared]) {
         let _proof = self.0;
-        // SAFETY: as in `gemv`.
-        unsafe {
-            if xs.len() < UNPACK {
-                multiply(w, rows, xs, ys);
-            } else {
-                gemm_codes(w, rows, xs, ys, unpack);
+        if let [x] = xs {
+            for Part { w, rows, ys } in parts {
+                self.gemv(w, rows.clone(), x, ys[0]);
             }
+            return;
         }
+        // SAFETY: as in `gemv`.
+        unsafe { gemm_parts(parts, xs) }
     }
 }
 
-/// One input after the other for every row group, which stays in L1.
 #[target_feature(enable = "avx2")]
-fn multiply(w: &PackedMatrix, rows: Range<usize>, xs: &[Prepared], ys: &mut [&mut [f32]]) {
-    for first in rows.clone().step_by(ROWS) {
-        let (group, at) = (w.group(first), first - rows.start);
-        for (x, y) in xs.iter().zip(ys.iter_mut()) {
-            for (y, sum) in y[at..].iter_mut().zip(dot(group, x)) {
-                *y = x.rescale(sum - x.sum, w.scale);
-            }
+fn multiply(w: &PackedMatrix, rows: Range<usize>, x: &Prepared, y: &mut [f32]) {
+    for (first, y) in rows.step_by(ROWS).zip(y.chunks_mut(ROWS)) {
+        for (y, sum) in y.iter_mut().zip(dot(w.group(first), x)) {
+            *y = x.rescale(sum - x.sum, w.scale);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The GEMM tile of AVX2: four rows and three tokens of unpacked codes, within
-//! the blocking of `tiles.rs`.
+//! the blocking of `tiles.rs`. For t5, which takes long to unpack; i2 does it in registers
+//! (`avx2_i2_runs.rs`).
 //!
 //! `vpmaddubsw` multiplies 32 codes by 32 activations and adds pairs, on two of
 //! four pipes; the other two add its result, so that 64 multiplications a cycle

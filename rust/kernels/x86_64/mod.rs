@@ -3,6 +3,7 @@
 
 mod avx2_elut;
 mod avx2_i2;
+mod avx2_i2_runs;
 mod avx2_t5;
 mod avx2_tile;
 mod avx2_vlut;
