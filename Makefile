@@ -9,7 +9,7 @@ SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
 CORE := python/bitnet_rs/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated fuzz lint format bench bench-results bench-kernels screenshots wheel clean rust
+.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated fuzz test-schemas lint format bench bench-results bench-kernels screenshots wheel clean rust
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 24
@@ -46,6 +46,9 @@ test-avx512-emulated: rust  ## The Rust tests on an emulated PC with AVX-512 (ne
 
 fuzz: $(CORE)  ## Read 200,000 damaged GGUF and safetensors files: each loads or fails clearly (5 minutes)
 	$(BIN)/python tests/fuzz_gguf.py 200000
+
+test-schemas: $(CORE)  ## 200 random JSON schemas through a server: every reply parses and validates (1 minute)
+	$(BIN)/python tests/check_schemas.py 200
 
 lint: $(CORE)  ## Formatting, clippy, rustdoc, ruff, mypy, stubtest: warnings are errors
 	cargo fmt --check
