@@ -47,7 +47,7 @@ test-avx512-emulated: rust  ## The Rust tests on an emulated PC with AVX-512 (ne
 fuzz: $(CORE)  ## Read 200,000 damaged GGUF and safetensors files: each loads or fails clearly (5 minutes)
 	$(BIN)/python tests/fuzz_gguf.py 200000
 
-test-schemas: $(CORE)  ## 200 random JSON schemas through a server: every reply parses and validates (1 minute)
+test-schemas: $(CORE)  ## 200 random JSON schemas through a server: every reply parses and validates (2 minutes)
 	$(BIN)/python tests/check_schemas.py 200
 
 lint: $(CORE)  ## Formatting, clippy, rustdoc, ruff, mypy, stubtest: warnings are errors
