@@ -2,7 +2,9 @@
 
 For the server's routes, which hand a constraint to the engine with a request. Apart because it is
 the only file that imports `llguidance`, which decides what may come next; this file makes the text
-end in time. Whatever the model would like to write, the text is complete within `max_tokens`.
+end in time. Whatever the model would like to write, the text is complete within `max_tokens`, if there is a
+text of the grammar that short. If none was found, the text follows the grammar as far as it goes, and
+ends for its length, like any other: `GrammarConstraint.shortest` tells before.
 
 How it ends in time. A *closing* is a text that, put behind what was written so far, completes it.
 Before each token one is known that fits in what is left. Far from the end any token will do. Near
@@ -41,11 +43,11 @@ _LONGEST_CLOSING = 4096
 
 # Steps of a search for a shorter closing, of about 10 µs each: before anything runs, and while other
 # sequences wait.
-_PATIENCE = 20_000
+_PATIENCE = 6_000
 _LITTLE_PATIENCE = 2_000
 
-# Compiled grammars that are kept. Those of a few kilobytes of schema take megabytes.
-_KEPT = 32
+# Compiled grammars that are kept. Few take a megabyte; an enum of 10,000 names takes 14.
+_KEPT = 16
 
 # Near the end: tokens looked at, at most, and together how probable they are, of those that are at
 # most so many nats below the best one. The rest is left out.
@@ -69,8 +71,8 @@ _NAME = 256
 # left out.
 _WALKING = 200
 
-# Limits of one compile and one step, for grammars from strangers. The compile ends within a second,
-# a step within 50 ms, then there is an error.
+# Limits of one compile and one step, for grammars from strangers: about a second and 15 ms, then there
+# is an error.
 _LIMITS = LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=1_000_000,
@@ -606,8 +608,9 @@ class GrammarConstraint:
     """What may come next in one text: an `engine.Constraint`.
 
     Attributes:
-        shortest: Tokens of the shortest text that was found. With a `max_tokens` below it the text
-            follows the grammar as far as it goes, and then ends for its length, incomplete.
+        shortest: Tokens of a short text of the grammar, not always the shortest. With a `max_tokens`
+            of at least that the text is complete; with a lower one a shorter text is looked for,
+            and where there is none, it ends for its length, incomplete.
     """
 
     def __init__(
@@ -748,10 +751,14 @@ class GrammarConstraint:
         """The most probable tokens that may come next, but those that end the text."""
         best = logits.max()
         likely = np.flatnonzero(logits > max(best - _CANDIDATE_RANGE, -np.inf))
-        likely = likely[np.argsort(-logits[likely], kind="stable")]
-        share = np.cumsum(np.exp(logits[likely] - best))
-        n = int(np.searchsorted(share, _CANDIDATE_SHARE * share[-1])) + 1
-        return [i for i in likely[: min(n, _CANDIDATES)].tolist() if i not in self._ends]
+        weights = np.exp(logits[likely] - best)
+        enough = _CANDIDATE_SHARE * weights.sum()
+        if len(likely) > _CANDIDATES:
+            top = np.argpartition(-weights, _CANDIDATES)[:_CANDIDATES]
+            likely, weights = likely[top], weights[top]
+        order = np.argsort(-weights, kind="stable")
+        n = int(np.searchsorted(np.cumsum(weights[order]), enough)) + 1
+        return [i for i in likely[order[:n]].tolist() if i not in self._ends]
 
 
 # Of each byte of a mask: +inf where a bit is set, -inf where it is not.
