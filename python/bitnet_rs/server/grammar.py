@@ -2,9 +2,9 @@
 
 For the server's routes, which hand a constraint to the engine with a request. Apart because it is
 the only file that imports `llguidance`, which decides what may come next; this file makes the text
-end in time. Whatever the model would like to write, the text is complete within `max_tokens`, if there is a
-text of the grammar that short. If none was found, the text follows the grammar as far as it goes, and
-ends for its length, like any other: `GrammarConstraint.shortest` tells before.
+end in time. Whatever the model would like to write, the text is complete within `max_tokens`, if a
+text of the grammar was found that is so short. If none was, the text follows the grammar as far as
+it goes, and ends for its length, like any other: `GrammarConstraint.shortest` tells before.
 
 How it ends in time. A *closing* is a text that, put behind what was written so far, completes it.
 Before each token one is known that fits in what is left. Far from the end any token will do. Near
