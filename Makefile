@@ -9,7 +9,7 @@ SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
 CORE := python/bitnet_rs/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated fuzz test-schemas lint format bench bench-results bench-kernels screenshots wheel clean rust
+.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated soak fuzz test-schemas lint format bench bench-results bench-kernels bench-serving screenshots wheel clean rust
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 24
@@ -44,10 +44,13 @@ test-x86-levels: rust  ## The Rust tests on emulated older x86-64 processors (ne
 test-avx512-emulated: rust  ## The Rust tests on an emulated PC with AVX-512 (needs Debian 12)
 	tools/test-avx512-emulated.sh
 
+soak: $(CORE)  ## A thousand requests from 32 clients, well-behaved and not, on a real server (1 minute)
+	$(BIN)/python tests/soak_server.py 1000 32
+
 fuzz: $(CORE)  ## Read 200,000 damaged GGUF and safetensors files: each loads or fails clearly (5 minutes)
 	$(BIN)/python tests/fuzz_gguf.py 200000
 
-test-schemas: $(CORE)  ## 200 random JSON schemas through a server: every reply parses and validates (2 minutes)
+test-schemas: $(CORE)  ## 200 random JSON schemas through a server: every reply is valid (2 minutes)
 	$(BIN)/python tests/check_schemas.py 200
 
 lint: $(CORE)  ## Formatting, clippy, rustdoc, ruff, mypy, stubtest: warnings are errors
@@ -74,6 +77,9 @@ bench-results: $(CORE)  ## Measure what docs/performance.md quotes (on a quiet m
 
 bench-kernels: $(CORE)  ## Measure the tables of docs/kernels.md (10 minutes, on a quiet machine)
 	PYTHONPATH=benches $(BIN)/python benches/record_kernels.py
+
+bench-serving: $(CORE)  ## Measure many streams at once, for docs/server.md (10 minutes, on a quiet machine)
+	PYTHONPATH=benches $(BIN)/python benches/record_serving.py
 
 screenshots: $(CORE)  ## Take the pictures of the chat page in docs/images (needs chromium)
 	BITNET_RS_SCREENSHOTS=1 $(BIN)/python -m pytest -q tests/test_chat_page.py -k screenshots

@@ -3,8 +3,8 @@
     python tests/check_schemas.py [SCHEMAS] [SEED]
 
 Each schema is asked for four times: greedy and sampled, with the fewest tokens in which a text is
-known to fit, and with some hundred more. Exits with 1 and shows the first reply that is not valid, or
-that did not end by itself. Not part of the suite, which has a short one of its kind: `make
+known to fit, and with some hundred more. Exits with 1 and shows the first reply that is not valid,
+or did not end by itself. Not part of the suite, which has a short one of its kind: `make
 test-schemas`.
 """
 

@@ -201,7 +201,7 @@ def settled(url: str) -> dict[str, float]:
         text = httpx.get(f"{url}/metrics").text
         found = dict(re.findall(r"^(bitnet_rs_\w+) ([0-9.e+-]+)$", text, re.MULTILINE))
         figures = {name: float(value) for name, value in found.items()}
-        if not figures["bitnet_rs_sequences_active"] and not figures["bitnet_rs_sequences_waiting"]:
+        if not figures["bitnet_rs_active_sequences"] and not figures["bitnet_rs_queue_length"]:
             return figures
         if time.monotonic() > deadline:
             raise SystemExit(f"still running 30 seconds after the last client left: {figures}")
@@ -221,7 +221,14 @@ def main() -> int:
     model = bitnet_rs.load()
     pool = [(body, alone(model, body)) for body in bodies(seed, 60)]
     command = [sys.executable, "-m", "bitnet_rs", "serve", "--port", "0", "--max-sequences", "6"]
-    command += ["--max-queue", "8", "--kv-memory", str(KV_MEMORY_MB), "--max-body", str(MAX_BODY)]
+    command += [
+        "--max-queue",
+        "8",
+        "--kv-memory",
+        str(KV_MEMORY_MB),
+        "--max-body",
+        str(MAX_BODY / 1e6),
+    ]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None

@@ -93,7 +93,7 @@ def write(
     logits: Callable[[], Logits],
     ends: frozenset[int] = ENDS,
 ) -> tuple[list[int], bool]:
-    """Takes the most probable token every time, as the engine does; says whether it came to an end."""
+    """Takes the most probable token every time; says whether the text came to its end."""
     tokens: list[int] = []
     for remaining in range(max_tokens, 0, -1):
         row = logits()

@@ -6,6 +6,7 @@ is in `test_serve.py`.
 
 import asyncio
 import base64
+import importlib
 import json
 import re
 import socket
@@ -565,7 +566,10 @@ def test_tokens(server: Served) -> None:
         assert found == {"tokens": model.encode(PROMPT), "count": len(model.encode(PROMPT))}
     plain = server.post("/tokenize", text=PROMPT, add_special_tokens=False).json()["tokens"]
     assert plain == model.encode(PROMPT, add_special_tokens=False)
-    assert server.post("/detokenize", tokens=plain).json() == {"text": PROMPT}
+    assert server.post("/detokenize", tokens=plain).json() == {"text": PROMPT, "prompt": PROMPT}
+    info = server.client.get("/tokenizer_info").json()
+    assert info["bos_token"] == model.tokenizer.bos_token
+    assert info["chat_template"] == model.tokenizer.chat_template
     assert error_of(server.post("/tokenize"))["param"] == "text"
     assert "-1" in error_of(server.post("/detokenize", tokens=[-1]))["message"]
 
@@ -708,7 +712,10 @@ MESSAGES = {"messages": HELLO}
             "top_logprobs",
             "20",
         ),
+        ("chat/completions", {**MESSAGES, "n": 10**30}, "n", "up to 80"),
+        ("completions", {"prompt": ["a"] * 50, "n": 2}, "n", "up to 80"),
         ("chat/completions", {**MESSAGES, "stop": [""]}, "stop", "not empty"),
+        ("chat/completions", {**MESSAGES, "stop": ["a"] * 65}, "stop", "up to 64"),
         ("chat/completions", {**MESSAGES, "seed": -1}, "seed", "-1"),
         ("chat/completions", {**MESSAGES, "model": "gpt-4"}, "model", "not served here"),
         (
@@ -768,6 +775,25 @@ def test_bad_requests(
         assert message in error["message"]
         if "512" in message:
             assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 10**30},
+        {"seed": 10**40},
+        {"max_tokens": 10**30, "stop": "e"},
+        {"temperature": 1e308},
+        {"temperature": 1e-308},
+        {"min_p": 1.0, "temperature": 1},
+        {"repetition_penalty": 1e308, "temperature": 1},
+        {"repetition_penalty": 1e-308, "temperature": 1},
+    ],
+)
+def test_options_at_their_ends(server: Served, options: dict[str, Any]) -> None:
+    """Each gives text, or is refused: none is an error of the server."""
+    response = server.post("/v1/completions", **{"prompt": PROMPT, "max_tokens": 4, **options})
+    assert response.status_code in (200, 400), response.text
 
 
 def test_unknown_fields_are_ignored(server: Served) -> None:
@@ -843,6 +869,7 @@ def test_the_key(narrow: Served) -> None:
             assert error_of(response)["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer"
     assert httpx.get(f"{narrow.url}/health").status_code == 200
+    assert httpx.head(f"{narrow.url}/health").status_code == 200
     assert narrow.client.get("/v1/models").status_code == 200
     with (
         openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="wrong", max_retries=0) as client,
@@ -1091,15 +1118,28 @@ def test_curl(server: Served) -> None:
 
 
 def test_evaluation_harness(server: Served) -> None:
-    """lm-eval's own client, where it is installed."""
-    api_models = pytest.importorskip("lm_eval.models.openai_completions")
-    client = api_models.LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions",
-        model="demo",
-        tokenizer_backend=None,
-        tokenized_requests=False,
+    """lm-eval's own client, where it is installed: what it reads are the model's probabilities."""
+    completions = pytest.importorskip("lm_eval.models.openai_completions")
+    instance = importlib.import_module("lm_eval.api.instance").Instance
+    client = completions.LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions", model="demo", tokenizer_backend="remote"
     )
-    assert client is not None
+    pairs = [
+        ("Once upon a", " time"),
+        ("The whale", " is a fish"),
+        ("It was the best", " of times"),
+    ]
+    found = client.loglikelihood(
+        [instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    )
+    model = server.model
+    for (context, continuation), (logprob, greedy) in zip(pairs, found, strict=True):
+        ids = model.encode(context + continuation, add_special_tokens=False)
+        n = len(model.encode(context, add_special_tokens=False))
+        rows = log_softmax(model, ids)
+        wanted = [(rows[i - 1, ids[i]], rows[i - 1].argmax() == ids[i]) for i in range(n, len(ids))]
+        assert logprob == pytest.approx(sum(each for each, _ in wanted), rel=1e-5)
+        assert greedy == all(best for _, best in wanted)
 
 
 # --- What the server is told. ---

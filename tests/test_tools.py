@@ -339,8 +339,8 @@ def test_schemas_of_calls(choice: Any, parallel: bool, good: list[str], bad: lis
 
 
 def test_references_in_parameters_are_those_of_their_own_schema() -> None:
-    node: dict[str, Any]
-    node = {"type": "object", "properties": {"next": {"$ref": "#"}, "kind": {"$ref": "#/$defs/k"}}}
+    node: dict[str, Any] = {"type": "object"}
+    node |= {"properties": {"next": {"$ref": "#"}, "kind": {"$ref": "#/$defs/k"}}}
     node |= {"$defs": {"k": {"enum": [{"$ref": "#"}]}}, "additionalProperties": False}
     offered = [{"type": "function", "function": {"name": "f", "parameters": node}}]
     schema = call_schema(offered, "required", parallel=False)

@@ -607,7 +607,7 @@ class Engine:
         try:
             segments = self._batch()
             found = self._forward(segments)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, those to come are not concerned)
             # No memory for keys and values, for one. No cache has changed.
             events = [self._fail(each, error) for each in tuple(self._active)]
             self._count_bytes()

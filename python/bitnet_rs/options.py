@@ -140,6 +140,8 @@ def check_options(
             raise TypeError(f"there is no option {name!r}; wanted one of {', '.join(known)}")
     given: Mapping[str, Any] = {k: value for k, value in options.items() if value is not None}
     params = replace(defaults.params, **{name: given[name] for name in _SAMPLING if name in given})
+    # There are no more to keep, and the core counts in 64 bits.
+    params = replace(params, top_k=min(params.top_k, vocab_size))
     counts = {
         name: check_integer(name, given[name], low, wanted=f"an integer >= {low}, or None")
         for name, low in (("max_tokens", 1), ("logprobs", 0))

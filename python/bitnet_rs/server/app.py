@@ -119,6 +119,10 @@ def _add_routes(app: FastAPI, service: Service, traffic: limits.Traffic) -> None
     async def detokenize(body: Annotated[DetokenizeRequest, FromBody()]) -> Response:
         return await embeddings.detokenize(service, body)
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        return embeddings.tokenizer_info(service)
+
     @app.get("/v1/models")
     async def models() -> Response:
         names = [service.name, *(name for name in service.settings.aliases if name != "*")]
@@ -129,6 +133,7 @@ def _add_routes(app: FastAPI, service: Service, traffic: limits.Traffic) -> None
         service.check_model(name)
         return json_response(_model(service, name))
 
+    @app.head("/health", include_in_schema=False)  # some monitors ask so
     @app.get("/health")
     async def health() -> Response:
         if traffic.draining:

@@ -88,6 +88,7 @@ def _prepare(service: Service, body: ChatRequest) -> tuple[Plan, _Calling]:
             "messages",
             "no_chat_template",
         )
+    service.check_choices(body.n or 1)
     offered = body.tools or []
     messages, variables = tools.prepare(
         body.template_messages(), offered, body.tool_choice, model.tokenizer

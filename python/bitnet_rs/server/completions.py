@@ -68,11 +68,12 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Plan, list[str]
     """Prompts to ids, fields to requests; and the prompts' texts, for each choice."""
     model = service.model
     given = body.prompts()
+    n = body.n or 1
+    service.check_choices(n * len(given))
     prompts = [
         _ids(service, each, "prompt" if len(given) == 1 else f"prompt[{i}]")
         for i, each in enumerate(given)
     ]
-    n = body.n or 1
     nothing = body.max_tokens == 0
     if nothing and not body.echo:
         raise bad_request(

@@ -143,5 +143,13 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Response:
     decode = partial(
         service.model.tokenizer.decode, body.tokens, skip_special_tokens=body.skip_special_tokens
     )
-    content: dict[str, Any] = {"text": await service.prepare(decode)}
-    return json_response(content)
+    text = await service.prepare(decode)
+    # Once more by the name that vLLM has for it, which evaluation harnesses read.
+    return json_response({"text": text, "prompt": text})
+
+
+def tokenizer_info(service: Service) -> Response:
+    """What clients that write prompts themselves want to know, by the names that vLLM has."""
+    tokenizer = service.model.tokenizer
+    special: dict[str, Any] = dict(tokenizer.special_tokens)
+    return json_response({**special, "chat_template": tokenizer.chat_template})

@@ -147,22 +147,15 @@ class Generation:
         self._last: list[float | None] = [None] * len(replies)
         self._refusal: ApiError | None = None
 
-    def start(self, max_waiting: int, most: int) -> None:
+    def start(self, max_waiting: int) -> None:
         """Hands the sequences in.
 
         Args:
             max_waiting: Most sequences that may wait, those of others included.
-            most: Most choices of one request.
 
         Raises:
             ApiError: They cannot run, or too many wait already.
         """
-        if len(self.replies) > most:
-            raise bad_request(
-                f"{len(self.replies)} choices are asked for; this server takes up to {most} in one "
-                "request: send several, or lower n",
-                "n",
-            )
         try:
             self._runner.start(
                 [reply.sequence for reply in self.replies], self._inbox, max_waiting=max_waiting

@@ -13,7 +13,7 @@ tokens are looked at one by one. The first token of the closing that is known al
 there is always one to choose, and the invariant holds to the end.
 
 Closings are looked for byte by byte, with a second matcher over a vocabulary of the 256 bytes: its
-masks take microseconds, and a token has at least one byte, so a closing of n bytes fits in n tokens.
+masks take microseconds, and a token has at least one byte, so n bytes fit in n tokens.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from numpy.typing import NDArray
 
 from bitnet_rs.tokenizer import Tokenizer
 
-# Characters of a grammar's text. OpenAI takes 120,000; a compile of this many is well below a second.
+# Characters of a grammar's text. OpenAI takes 120,000; this many compile in about a second.
 _MOST_CHARACTERS = 1 << 18
 
 # Bytes of the shortest text that was found for a grammar: longer ones are refused, as are grammars
 # that no text satisfies at all. To look for one takes about 10 µs a byte.
 _LONGEST_CLOSING = 4096
 
-# Steps of a search for a shorter closing, of about 10 µs each: before anything runs, and while other
-# sequences wait.
+# Steps of a search for a shorter closing, of 10 to 100 µs each: before anything runs, and while
+# other sequences wait.
 _PATIENCE = 6_000
 _LITTLE_PATIENCE = 2_000
 
@@ -55,9 +55,9 @@ _CANDIDATES = 64
 _CANDIDATE_SHARE = 0.999
 _CANDIDATE_RANGE = 10.0
 
-# A number ends behind so many digits, if it can: a model that may write zeros may write nothing else,
-# and 15 are those that every float keeps, so that what is above a bound stays above it. Of these, an
-# exponent has 2: beyond e308 there are no floats.
+# A number ends behind so many digits, if it can: a model that may write zeros may write nothing
+# else, and 15 are those that every float keeps, so that what is above a bound stays above it. Of
+# these, an exponent has 2: beyond e308 there are no floats.
 _DIGITS = 15
 _EXPONENT_DIGITS = 2
 
@@ -71,8 +71,8 @@ _NAME = 256
 # left out.
 _WALKING = 200
 
-# Limits of one compile and one step, for grammars from strangers: about a second and 15 ms, then there
-# is an error.
+# Limits of one compile and one step, for grammars from strangers: about a second and 15 ms, then
+# there is an error.
 _LIMITS = LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=1_000_000,
@@ -142,7 +142,7 @@ def _leading_digits(text: bytes) -> bytes:
 
 
 class _Vocabulary:
-    """What tokens are as bytes. Tokens that the model has no row for, and special ones, are none."""
+    """What tokens are as bytes. Special ones, and those that the model has no row for, are none."""
 
     def __init__(self, tokenizer: LLTokenizer, n_tokens: int) -> None:
         self.bytes = [
@@ -320,7 +320,7 @@ class _Closer:
         return _Walk(bytes(text), complete and len(text) <= limit, steps, choices)
 
     def search(self, place: _Place, enough: int, patience: int) -> bytes | None:
-        """The shortest closing that could be found in so many steps; one of `enough` bytes will do."""
+        """The shortest closing that so many steps could find; one of `enough` bytes will do."""
         # A walk that goes round in circles goes to its limit, so low limits come first.
         for limit in (64, 512, _LONGEST_CLOSING):
             best = self.walk(place.copy(), limit, remember=True)
@@ -415,8 +415,9 @@ _UNKNOWN = _Bounds(np.inf, np.inf)
 class _Schema:
     """What is to be known of a JSON schema beside its grammar.
 
-    Its `size` is that of a text that has everything in it once: every property, every branch, arrays
-    of `minItems`. Completing an object or array takes no more than its own, from wherever it is.
+    Its `size` is that of a text that has everything in it once: every property, every branch,
+    arrays of `minItems`. Completing an object or array takes no more than its own, from wherever
+    it is.
     """
 
     # Bytes of a number, and of a string of some format.
@@ -608,9 +609,9 @@ class GrammarConstraint:
     """What may come next in one text: an `engine.Constraint`.
 
     Attributes:
-        shortest: Tokens of a short text of the grammar, not always the shortest. With a `max_tokens`
-            of at least that the text is complete; with a lower one a shorter text is looked for,
-            and where there is none, it ends for its length, incomplete.
+        shortest: Tokens of a short text of the grammar, not always the shortest. With a
+            `max_tokens` of at least that the text is complete; with a lower one a shorter text is
+            looked for, and where there is none, it ends for its length, incomplete.
     """
 
     def __init__(

@@ -21,6 +21,10 @@ from bitnet_rs.server.errors import bad_request, shown
 # Most of the most probable tokens that are reported with each token.
 MAX_LOGPROBS: Final = 20
 
+# Each is looked for at each token.
+_MAX_STOPS: Final = 64
+_MAX_STOP: Final = 1000
+
 TokenIds = list[StrictInt]
 
 
@@ -105,6 +109,13 @@ class _Generation(_Strict):
         for name in ("frequency_penalty", "presence_penalty"):
             if value := getattr(self, name):
                 raise _unsupported(name, value, "0; repetition_penalty is supported")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > _MAX_STOPS or any(len(each) > _MAX_STOP for each in stops):
+            raise bad_request(
+                f"stop has {len(stops)} strings; wanted up to {_MAX_STOPS}, of up to {_MAX_STOP} "
+                "characters",
+                "stop",
+            )
         if self.logit_bias:
             raise _unsupported("logit_bias", self.logit_bias, "none")
         if self.stream_options is not None and not self.stream:

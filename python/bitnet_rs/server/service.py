@@ -139,6 +139,20 @@ class Service:
                 "model_not_supported",
             )
 
+    def check_choices(self, n: int) -> None:
+        """Refuses a request for more choices than could ever be taken.
+
+        Raises:
+            ApiError: It is one.
+        """
+        most = self.settings.max_queue + self.model.max_sequences
+        if n > most:
+            raise bad_request(
+                f"n choices for each prompt are {n} together; this server takes up to {most} in a "
+                "request: send several",
+                "n",
+            )
+
     def most_tokens(self, wanted: int | None, name: str) -> int | None:
         """How many tokens a choice may have; None: as many as fit, or as the checkpoint says.
 
@@ -252,8 +266,7 @@ class Service:
             for request, stop in zip(plan.requests, plan.stops, strict=True)
         ]
         generation = Generation(self.model.runner, replies, plan.per_prompt, self.metrics)
-        most = self.settings.max_queue + self.model.max_sequences
-        generation.start(self.settings.max_queue, most)
+        generation.start(self.settings.max_queue)
         self._live.add(generation)
         return generation
 
