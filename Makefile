@@ -9,7 +9,7 @@ SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
 CORE := python/bitnet_rs/.built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated soak fuzz lint format bench bench-results bench-kernels bench-serving screenshots wheel clean rust
+.PHONY: help demo test test-rust test-python test-slow test-aarch64 test-x86-levels test-avx512-emulated soak fuzz test-schemas lint format bench bench-results bench-kernels bench-serving screenshots wheel clean rust
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 24
@@ -49,6 +49,9 @@ soak: $(CORE)  ## A thousand requests from 32 clients, well-behaved and not, on 
 
 fuzz: $(CORE)  ## Read 200,000 damaged GGUF and safetensors files: each loads or fails clearly (5 minutes)
 	$(BIN)/python tests/fuzz_gguf.py 200000
+
+test-schemas: $(CORE)  ## 200 random JSON schemas through a server: every reply is valid (2 minutes)
+	$(BIN)/python tests/check_schemas.py 200
 
 lint: $(CORE)  ## Formatting, clippy, rustdoc, ruff, mypy, stubtest: warnings are errors
 	cargo fmt --check

@@ -2,7 +2,9 @@
 
 For the server's routes, which hand a constraint to the engine with a request. Apart because it is
 the only file that imports `llguidance`, which decides what may come next; this file makes the text
-end in time. Whatever the model would like to write, the text is complete within `max_tokens`.
+end in time. Whatever the model would like to write, the text is complete within `max_tokens`, if a
+text of the grammar was found that is so short. If none was, the text follows the grammar as far as
+it goes, and ends for its length, like any other: `GrammarConstraint.shortest` tells before.
 
 How it ends in time. A *closing* is a text that, put behind what was written so far, completes it.
 Before each token one is known that fits in what is left. Far from the end any token will do. Near
@@ -11,7 +13,7 @@ tokens are looked at one by one. The first token of the closing that is known al
 there is always one to choose, and the invariant holds to the end.
 
 Closings are looked for byte by byte, with a second matcher over a vocabulary of the 256 bytes: its
-masks take microseconds, and a token has at least one byte, so a closing of n bytes fits in n tokens.
+masks take microseconds, and a token has at least one byte, so n bytes fit in n tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Literal
 
@@ -32,26 +34,32 @@ from numpy.typing import NDArray
 
 from bitnet_rs.tokenizer import Tokenizer
 
-# Characters of a grammar's text. OpenAI takes 120,000; a compile of this many is well below a second.
+# Characters of a grammar's text. OpenAI takes 120,000; this many compile in about a second.
 _MOST_CHARACTERS = 1 << 18
 
 # Bytes of the shortest text that was found for a grammar: longer ones are refused, as are grammars
 # that no text satisfies at all. To look for one takes about 10 µs a byte.
 _LONGEST_CLOSING = 4096
 
-# Steps of a search for a shorter closing, of about 10 µs each: before anything runs, and while other
-# sequences wait.
-_PATIENCE = 20_000
+# Steps of a search for a shorter closing, of 10 to 100 µs each: before anything runs, and while
+# other sequences wait.
+_PATIENCE = 6_000
 _LITTLE_PATIENCE = 2_000
 
-# Compiled grammars that are kept. Those of a few kilobytes of schema take megabytes.
-_KEPT = 32
+# Compiled grammars that are kept. Few take a megabyte; an enum of 10,000 names takes 14.
+_KEPT = 16
 
 # Near the end: tokens looked at, at most, and together how probable they are, of those that are at
 # most so many nats below the best one. The rest is left out.
 _CANDIDATES = 64
 _CANDIDATE_SHARE = 0.999
 _CANDIDATE_RANGE = 10.0
+
+# A number ends behind so many digits, if it can: a model that may write zeros may write nothing
+# else, and 15 are those that every float keeps, so that what is above a bound stays above it. Of
+# these, an exponent has 2: beyond e308 there are no floats.
+_DIGITS = 15
+_EXPONENT_DIGITS = 2
 
 # Choices of a walk that are remembered for a search: each keeps a copy of a matcher.
 _CHOICES = 128
@@ -63,8 +71,8 @@ _NAME = 256
 # left out.
 _WALKING = 200
 
-# Limits of one compile and one step, for grammars from strangers. The compile ends within a second,
-# a step within 50 ms, then there is an error.
+# Limits of one compile and one step, for grammars from strangers: about a second and 15 ms, then
+# there is an error.
 _LIMITS = LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=1_000_000,
@@ -128,8 +136,13 @@ def _byte_tokenizer() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(Bytes()), n_vocab=257, eos_token=[_END], slices=[])
 
 
+def _leading_digits(text: bytes) -> bytes:
+    found = re.match(rb"\.?[0-9][0-9.]*", text[:99])
+    return found[0] if found else b""
+
+
 class _Vocabulary:
-    """What tokens are as bytes. Tokens that the model has no row for, and special ones, are none."""
+    """What tokens are as bytes. Special ones, and those that the model has no row for, are none."""
 
     def __init__(self, tokenizer: LLTokenizer, n_tokens: int) -> None:
         self.bytes = [
@@ -141,6 +154,11 @@ class _Vocabulary:
             self._ids.setdefault(text, i)
         self._ids.pop(b"", None)
         self._longest = min(32, max(map(len, self._ids), default=1))
+        # How many digits a token begins with, a decimal point between them or not.
+        self.digits = np.array(
+            [len(_leading_digits(t).replace(b".", b"")) for t in self.bytes], np.uint8
+        )
+        self.most_digits = int(self.digits.max())
         # How many objects and arrays one token can open.
         self.most_opened = max((t.count(b"{") + t.count(b"[") for t in self._ids), default=0)
 
@@ -168,44 +186,66 @@ class _Vocabulary:
         return len(text) <= left or self.count(text) <= left
 
 
-class _Place:
-    """A place in a text: the byte matcher there, and whether it is within a JSON string."""
+@dataclass(slots=True)
+class _JsonText:
+    """Where a JSON text is, by its bytes alone.
 
-    def __init__(self, matcher: LLMatcher, *, is_json: bool) -> None:
+    Attributes:
+        quoted: Within a string.
+        escaped: Behind a backslash in one.
+        string: The string so far, without its quote; no more than its beginning.
+        digits: How many the number has that the text ends in.
+        recent: The last three bytes.
+    """
+
+    quoted: bool = False
+    escaped: bool = False
+    string: bytes = b""
+    digits: int = 0
+    recent: bytes = b""
+
+    def take(self, text: bytes) -> None:
+        """Goes on by some bytes."""
+        self.recent = (self.recent + text)[-3:]
+        for byte in text:
+            if not self.quoted:
+                self._take_outside(byte)
+            elif self.escaped:
+                self.escaped = False
+            elif byte == 0x22:
+                self.quoted = False
+            else:
+                self.escaped = byte == 0x5C
+                if len(self.string) < _NAME:
+                    self.string += bytes([byte])
+
+    def _take_outside(self, byte: int) -> None:
+        if 0x30 <= byte <= 0x39:
+            self.digits += 1
+        elif byte in b"eE" and self.digits:
+            self.digits = max(self.digits, _DIGITS - _EXPONENT_DIGITS)
+        elif byte not in b".+-":
+            self.digits = 0
+            self.quoted, self.string = byte == 0x22, b""
+
+
+class _Place:
+    """A place in a text: the byte matcher there; and where it is as JSON, if it is that."""
+
+    def __init__(self, matcher: LLMatcher, text: _JsonText | None) -> None:
         self.matcher = matcher
-        self.is_json = is_json
-        self.quoted = False
-        self._escaped = False
-        self.string = b""  # since its quote
-        self.recent = b""
+        self.json = text
 
     def copy(self) -> _Place:
-        other = _Place(self.matcher.deep_copy(), is_json=self.is_json)
-        other.quoted, other._escaped = self.quoted, self._escaped
-        other.string, other.recent = self.string, self.recent
-        return other
+        return _Place(self.matcher.deep_copy(), None if self.json is None else replace(self.json))
 
     def take(self, text: bytes) -> bool:
         """Goes on by some bytes; False where they may not follow."""
         if not self.matcher.consume_tokens(list(text)):
             return False
-        self.recent = (self.recent + text)[-3:]
-        if self.is_json:
-            for byte in text:
-                self._track(byte)
+        if self.json is not None:
+            self.json.take(text)
         return True
-
-    def _track(self, byte: int) -> None:
-        if not self.quoted:
-            self.quoted, self.string = byte == 0x22, b""
-        elif self._escaped:
-            self._escaped = False
-        elif byte == 0x22:
-            self.quoted = False
-        else:
-            self._escaped = byte == 0x5C
-            if len(self.string) < _NAME:
-                self.string += bytes([byte])
 
     def ends(self, text: bytes) -> bool:
         """Whether the text is complete with these bytes behind it."""
@@ -280,7 +320,7 @@ class _Closer:
         return _Walk(bytes(text), complete and len(text) <= limit, steps, choices)
 
     def search(self, place: _Place, enough: int, patience: int) -> bytes | None:
-        """The shortest closing that could be found in so many steps; one of `enough` bytes will do."""
+        """The shortest closing that so many steps could find; one of `enough` bytes will do."""
         # A walk that goes round in circles goes to its limit, so low limits come first.
         for limit in (64, 512, _LONGEST_CLOSING):
             best = self.walk(place.copy(), limit, remember=True)
@@ -320,23 +360,24 @@ class _Closer:
         """What to try, in this order: one byte of each kind that may come next."""
         if not allowed:
             return b""
-        if not place.is_json:
+        text = place.json
+        if text is None:
             return self._by_turns(allowed, used)
-        if not place.quoted:
+        if not text.quoted:
             order = bytes(b for b in _OUTSIDE if b in allowed) or allowed
             if 0x30 <= order[0] <= 0x39:
                 # With one digit over and over, some numbers never end: multiples of 7 need others,
                 # those of 100 need zeros.
                 by_use = sorted(order, key=lambda b: used.get(b, 0))
-                if place.recent[-2:].isdigit() and not place.recent.endswith(b"000"):
+                if text.digits >= 2 and not text.recent.endswith(b"000"):
                     by_use.sort(key=lambda b: b != 0x30)
                 return bytes(by_use)
             return order
         order = self._by_turns(allowed, used)
         if 0x22 in allowed:
             order = b'"' + order.replace(b'"', b"")
-        elif (at := len(place.string)) < _NAME:
-            keys = [k for k in self._keys if len(k) > at and k.startswith(place.string)]
+        elif (at := len(text.string)) < _NAME:
+            keys = [k for k in self._keys if len(k) > at and k.startswith(text.string)]
             leads = bytes(dict.fromkeys(k[at] for k in sorted(keys, key=len) if k[at] in allowed))
             order = leads + bytes(b for b in order if b not in leads)
         return order
@@ -374,8 +415,9 @@ _UNKNOWN = _Bounds(np.inf, np.inf)
 class _Schema:
     """What is to be known of a JSON schema beside its grammar.
 
-    Its `size` is that of a text that has everything in it once: every property, every branch, arrays
-    of `minItems`. Completing an object or array takes no more than its own, from wherever it is.
+    Its `size` is that of a text that has everything in it once: every property, every branch,
+    arrays of `minItems`. Completing an object or array takes no more than its own, from wherever
+    it is.
     """
 
     # Bytes of a number, and of a string of some format.
@@ -443,7 +485,6 @@ class _Schema:
     def _scalar(self, schema: Mapping[str, Any]) -> float:
         size: float = _count(schema.get("minLength"))
         if _may_be(schema, "number") or _may_be(schema, "integer"):
-            _check_bounds(schema)
             size += self._VALUE
         if "format" in schema:
             size += self._FORMAT
@@ -495,22 +536,40 @@ def _count(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _check_bounds(schema: Mapping[str, Any]) -> None:
-    """Refuses bounds that llguidance takes to include a number that they exclude."""
-    for word, others in (
-        ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
-        ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
-    ):
-        bound = schema.get(word)
-        for other in others:
-            end = schema.get(other)
-            if not isinstance(bound, int | float) or not isinstance(end, int | float):
-                continue
-            if bound == int(bound) and abs(end - bound) < 1:
-                raise ValueError(
-                    f"the schema is not supported: {word} {bound} with {other} {end}, less than 1 "
-                    "away; wanted a bound that is included"
-                )
+def _with_bounds_included(schema: Any) -> Any:
+    """A schema whose numbers keep a little away from bounds that they must not reach.
+
+    Else a model could go on with -1.4000... for ever where only less will do; and llguidance takes
+    some bounds to be included that are not (1.9: those of 0 < x <= 0.5).
+    """
+    if isinstance(schema, list):
+        return [_with_bounds_included(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # What stands in these is no schema.
+    values = ("enum", "const", "default", "examples")
+    found = {k: v if k in values else _with_bounds_included(v) for k, v in schema.items()}
+    if found.get("type") == "integer":
+        return found
+    for side, other, sign in (("inimum", "aximum", 1), ("aximum", "inimum", -1)):
+        bound = _number(found.get(f"exclusiveM{side}"))
+        if bound is None:
+            continue
+        del found[f"exclusiveM{side}"]
+        step = max(1e-9, abs(bound) * 1e-12)
+        for end in map(_number, (found.get(f"m{other}"), found.get(f"exclusiveM{other}"))):
+            if end is not None and end != bound:
+                step = min(step, abs(end - bound) / 1000)
+        near = bound + sign * step
+        included = _number(found.get(f"m{side}"))
+        if included is not None:
+            near = sign * max(sign * near, sign * included)
+        found[f"m{side}"] = near
+    return found
+
+
+def _number(value: object) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _check_characters(word: str, value: object) -> None:
@@ -550,8 +609,9 @@ class GrammarConstraint:
     """What may come next in one text: an `engine.Constraint`.
 
     Attributes:
-        shortest: Tokens of the shortest text that was found. With a `max_tokens` below it the text
-            follows the grammar as far as it goes, and then ends for its length, incomplete.
+        shortest: Tokens of a short text of the grammar, not always the shortest. With a
+            `max_tokens` of at least that the text is complete; with a lower one a shorter text is
+            looked for, and where there is none, it ends for its length, incomplete.
     """
 
     def __init__(
@@ -564,6 +624,7 @@ class GrammarConstraint:
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._ends = ends
+        self._text = None if self._place.json is None else replace(self._place.json)
         # A closing at `_place`, from where `_ahead` was written. None: none was found there.
         self._closing: bytes | None = compiled.closing
         self._ahead = b""
@@ -575,17 +636,28 @@ class GrammarConstraint:
     def restrict(self, logits: NDArray[np.float32], remaining: int) -> None:
         """As `engine.Constraint`."""
         self._left = remaining - 1
+        self._passed = {}
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         _apply(mask, logits)
         if self._left < self._bounds.anywhere:
-            self._passed = {}
             self._catch_up()
             closing = self._closing
             if closing is None or not self._vocabulary.fits(closing, remaining):
                 closing = self._look_for_shorter(remaining)
             if closing is not None and self._left < len(closing) + self._bounds.jump:
                 self._keep_what_ends_in_time(logits, closing)
+        if self._text is not None and self._text.digits + self._vocabulary.most_digits > _DIGITS:
+            self._end_number(logits, _DIGITS - self._text.digits)
+
+    def _end_number(self, logits: NDArray[np.float32], digits: int) -> None:
+        """Takes out tokens that begin with more digits than so many, if any others are left."""
+        n = len(self._vocabulary.digits)
+        longer = np.flatnonzero(self._vocabulary.digits > max(digits, 0))
+        values = logits[longer]
+        logits[longer] = -np.inf
+        if logits[:n].max() == -np.inf:
+            logits[longer] = values
 
     def accept(self, token: int) -> bool:
         """As `engine.Constraint`."""
@@ -593,7 +665,10 @@ class GrammarConstraint:
             return True
         self._matcher.consume_token(token)
         self._check()
-        self._ahead += self._vocabulary.bytes[token]
+        text = self._vocabulary.bytes[token]
+        if self._text is not None:
+            self._text.take(text)
+        self._ahead += text
         if token in self._passed and self._place.take(self._ahead):
             self._ahead, self._closing = b"", self._passed[token]
         if self._matcher.is_stopped():
@@ -615,7 +690,8 @@ class GrammarConstraint:
         if not self._place.take(ahead):
             raise _too_complex(self._place.matcher)
         if known is None:
-            walk = self._closer.walk(self._place.copy(), _LONGEST_CLOSING)
+            limit = _WALKING if self._in_vain else _LONGEST_CLOSING
+            walk = self._closer.walk(self._place.copy(), limit)
             known = walk.text if walk.complete else None
         self._closing = known
 
@@ -676,10 +752,14 @@ class GrammarConstraint:
         """The most probable tokens that may come next, but those that end the text."""
         best = logits.max()
         likely = np.flatnonzero(logits > max(best - _CANDIDATE_RANGE, -np.inf))
-        likely = likely[np.argsort(-logits[likely], kind="stable")]
-        share = np.cumsum(np.exp(logits[likely] - best))
-        n = int(np.searchsorted(share, _CANDIDATE_SHARE * share[-1])) + 1
-        return [i for i in likely[: min(n, _CANDIDATES)].tolist() if i not in self._ends]
+        weights = np.exp(logits[likely] - best)
+        enough = _CANDIDATE_SHARE * weights.sum()
+        if len(likely) > _CANDIDATES:
+            top = np.argpartition(-weights, _CANDIDATES)[:_CANDIDATES]
+            likely, weights = likely[top], weights[top]
+        order = np.argsort(-weights, kind="stable")
+        n = int(np.searchsorted(np.cumsum(weights[order]), enough)) + 1
+        return [i for i in likely[order[:n]].tolist() if i not in self._ends]
 
 
 # Of each byte of a mask: +inf where a bit is set, -inf where it is not.
@@ -737,7 +817,7 @@ class Grammars:
         """
         try:
             # Schemas may bring options of their own for llguidance, which these replace.
-            text = json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
+            text = json.dumps(_with_bounds_included({**schema, "x-guidance": _JSON_OPTIONS}))
         except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"the schema is no JSON object: {error}") from None
         return self._constraint("schema", text)
@@ -817,7 +897,7 @@ class Grammars:
             jump = facts.size * (1 + vocabulary.most_opened)
             bounds = _Bounds(np.inf if facts.nests else facts.size, jump)
         of_bytes = LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=_LIMITS)
-        place = _Place(of_bytes, is_json=kind == "schema")
+        place = _Place(of_bytes, _JsonText() if kind == "schema" else None)
         closing = closer.search(place, _LONGEST_CLOSING, _PATIENCE)
         if closing is None:
             raise ValueError(
