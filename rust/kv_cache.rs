@@ -19,7 +19,7 @@
 //! costs what it holds, and running out of memory is an error like any other.
 //!
 //! Sequences that begin alike share pages ([`KvCache::fork`]). A page that is
-//! shared is never written: [`KvCache::reserve`] copies it first.
+//! shared is never written: the page is copied first.
 
 use std::collections::HashSet;
 use std::ops::Range;
