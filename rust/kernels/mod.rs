@@ -463,54 +463,45 @@ pub fn multiply<const N: usize>(
         return;
     }
     let kernel = products[0].0.kernels.for_inputs(xs.len());
-    // Where inputs share something made of them, all matrices are one group.
-    let mut tasks = if kernel.block_inputs(xs.len()) == usize::MAX {
-        tasks(team, kernel, xs, products.map(|product| [product]))
-    } else {
-        tasks(team, kernel, xs, [products])
-    };
+    let mut tasks = tasks(team, kernel, xs, products);
     team.for_each(&mut tasks, |(xs, parts)| kernel.gemm_parts(parts, xs));
 }
 
-/// Cuts groups of products of several inputs into tasks: some of the inputs, and
-/// some rows of each matrix of a group, in the same proportion.
-fn tasks<'a, const N: usize, const GROUPS: usize>(
+/// Cuts products of several inputs into tasks: some of the inputs, and some rows of
+/// each matrix, in the same proportion, since they may share what is made of inputs.
+fn tasks<'a, const N: usize>(
     team: &Team,
     kernel: &dyn Kernel,
     xs: &'a [Prepared],
-    groups: [[(&'a PackedMatrix, &'a mut [f32]); N]; GROUPS],
+    products: [(&'a PackedMatrix, &'a mut [f32]); N],
 ) -> Vec<(&'a [Prepared], Vec<Part<'a>>)> {
-    let mut tasks = Vec::new();
-    for products in groups {
-        let most = kernel.block_inputs(xs.len());
-        let block = most.min(xs.len());
-        let blocks = xs.len().div_ceil(block);
-        let rows: usize = products.iter().map(|(w, _)| w.rows).sum();
-        let cuts = if most == usize::MAX {
-            if team.threads() == 1 { 1 } else { team.threads() * CHUNKS_PER_THREAD }
-        } else {
-            // A whole number of tasks for each thread, if there are few.
-            let threads = team.threads();
-            let wanted = (threads * BLOCKS_PER_THREAD).div_ceil(blocks).min(rows / MIN_ROWS);
-            (wanted.max(1) * blocks).next_multiple_of(threads).div_ceil(blocks)
-        };
-        let first = tasks.len();
-        for xs in xs.chunks(block) {
-            tasks.extend((0..cuts).map(|_| (xs, Vec::with_capacity(N))));
-        }
-        for (w, y) in products {
-            let step = w.rows.div_ceil(w.row_group).div_ceil(cuts) * w.row_group;
-            let blocks = y.chunks_mut(w.rows * block).zip(tasks[first..].chunks_mut(cuts));
-            for (y, tasks) in blocks {
-                let inputs = y.len() / w.rows;
-                for ((_, parts), start) in tasks.iter_mut().zip((0..w.rows).step_by(step)) {
-                    let rows = start..(start + step).min(w.rows);
-                    parts.push(Part { w, rows, ys: Vec::with_capacity(inputs) });
-                }
-                for y in y.chunks_exact_mut(w.rows) {
-                    for (y, (_, parts)) in y.chunks_mut(step).zip(tasks.iter_mut()) {
-                        parts.last_mut().expect("pushed above").ys.push(y);
-                    }
+    let most = kernel.block_inputs(xs.len());
+    let block = most.min(xs.len());
+    let blocks = xs.len().div_ceil(block);
+    let rows: usize = products.iter().map(|(w, _)| w.rows).sum();
+    let threads = team.threads();
+    let cuts = if most == usize::MAX {
+        if threads == 1 { 1 } else { threads * CHUNKS_PER_THREAD }
+    } else {
+        // A whole number of tasks for each thread, if there are few.
+        let wanted = (threads * BLOCKS_PER_THREAD).div_ceil(blocks).min(rows / MIN_ROWS);
+        (wanted.max(1) * blocks).next_multiple_of(threads).div_ceil(blocks)
+    };
+    let mut tasks = Vec::with_capacity(blocks * cuts);
+    for xs in xs.chunks(block) {
+        tasks.extend((0..cuts).map(|_| (xs, Vec::with_capacity(N))));
+    }
+    for (w, y) in products {
+        let step = w.rows.div_ceil(w.row_group).div_ceil(cuts) * w.row_group;
+        for (y, tasks) in y.chunks_mut(w.rows * block).zip(tasks.chunks_mut(cuts)) {
+            let inputs = y.len() / w.rows;
+            for ((_, parts), start) in tasks.iter_mut().zip((0..w.rows).step_by(step)) {
+                let rows = start..(start + step).min(w.rows);
+                parts.push(Part { w, rows, ys: Vec::with_capacity(inputs) });
+            }
+            for y in y.chunks_exact_mut(w.rows) {
+                for (y, (_, parts)) in y.chunks_mut(step).zip(tasks.iter_mut()) {
+                    parts.last_mut().expect("pushed above").ys.push(y);
                 }
             }
         }
@@ -543,7 +534,7 @@ pub fn multiply_pair(
     b.check(xs, z);
     let [x] = xs else {
         let kernel = a.kernels.for_inputs(xs.len());
-        let mut tasks = tasks(team, kernel, xs, [[(a, y), (b, z)]]);
+        let mut tasks = tasks(team, kernel, xs, [(a, y), (b, z)]);
         return team.for_each(&mut tasks, |(xs, parts)| {
             kernel.gemm_parts(parts, xs);
             let [Part { ys, .. }, Part { ys: zs, .. }] = &mut parts[..] else {

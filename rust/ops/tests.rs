@@ -413,6 +413,37 @@ fn the_best_of_a_scan_are_the_best_of_all() {
     }
 }
 
+/// More inputs than a row meets at once, and more columns than stay in a cache with them.
+#[test]
+fn a_scan_for_many_inputs_gives_what_each_gets_alone() {
+    let team = Team::new(Some(2)).unwrap();
+    let (rows, cols) = (530, 1400);
+    let data = Floats::F32(Arc::new(values(rows * cols, 70)));
+    let exact = DenseMatrix::new(rows, cols, data, Isa::GENERIC, &team).unwrap();
+    let inputs: Vec<Vec<f32>> = (0..19).map(|i| values(cols, 80 + i)).collect();
+    let xs: Vec<&[f32]> = inputs.iter().map(Vec::as_slice).collect();
+    let mut full = vec![0f32; xs.len() * rows];
+    let mut parts: Vec<&mut [f32]> = full.chunks_mut(rows).collect();
+    exact.multiply(Isa::GENERIC, 0..rows, &xs, &mut parts);
+    let best: Vec<usize> = full
+        .chunks(rows)
+        .map(|row| (0..rows).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap())
+        .collect();
+    for isa in Isa::available() {
+        let scan = ScanRows::new(&exact, isa, &team);
+        let mut scratch = ScanScratch::default();
+        for n in [2, 5, 8, 9, 19] {
+            let find =
+                || top_logits(&exact, &scan, isa, &team, &xs[..n], &vec![1; n], &mut scratch);
+            for (i, found) in team.run(find).unwrap().iter().enumerate() {
+                assert!(found.rescored < rows, "no bounds");
+                assert_eq!(found.ids, [best[i] as u32], "{n} inputs");
+                assert_eq!(found.logits[0].to_bits(), full[i * rows + best[i]].to_bits());
+            }
+        }
+    }
+}
+
 /// What makes it worth it: few rows of a wide head are candidates.
 #[test]
 fn a_scan_leaves_few_candidates() {

@@ -240,20 +240,20 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn add_dot(self, mut sum: __m256i, w: &[u8; DOT], p: &[i16; DOT]) -> __m256i {
+    fn add_dot(self, sum: __m256i, w: &[u8; DOT], p: &[i16; DOT]) -> __m256i {
         let (w, p): (*const __m256i, *const __m256i) = (w.as_ptr().cast(), p.as_ptr().cast());
         // SAFETY: `self` proves AVX2; the arrays have the 64 and 128 bytes read.
         unsafe {
-            for i in 0..2 {
-                let w = _mm256_loadu_si256(w.add(i));
-                let low = _mm256_and_si256(w, _mm256_set1_epi16(0xff));
-                let high = _mm256_srai_epi16::<8>(w);
-                let [p, q] = [p.add(i), p.add(2 + i)].map(|p| _mm256_loadu_si256(p));
-                let pair = _mm256_add_epi32(_mm256_madd_epi16(low, p), _mm256_madd_epi16(high, q));
-                sum = _mm256_add_epi32(sum, pair);
-            }
+            let w = [w, w.add(1)].map(|w| _mm256_loadu_si256(w));
+            let low = w.map(|w| _mm256_and_si256(w, _mm256_set1_epi16(0xff)));
+            let high = w.map(|w| _mm256_srai_epi16::<8>(w));
+            // `p` in the order in which it stands: two loads of a cycle from the same half of
+            // different cache lines would take two.
+            let product = |w, i| _mm256_madd_epi16(w, _mm256_loadu_si256(p.add(i)));
+            let lows = _mm256_add_epi32(product(low[0], 0), product(low[1], 1));
+            let highs = _mm256_add_epi32(product(high[0], 2), product(high[1], 3));
+            _mm256_add_epi32(sum, _mm256_add_epi32(lows, highs))
         }
-        sum
     }
 
     #[inline(always)]

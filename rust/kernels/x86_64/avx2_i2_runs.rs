@@ -134,26 +134,16 @@ impl<'a> Batch<'a> {
         s.offsets.resize(chunks * xs.len() * STEP);
         let columns = s.columns.as_mut_i8().as_chunks_mut::<STEP>().0;
         let offsets = s.offsets.as_mut_slice_of::<i16>().as_chunks_mut::<{ STEP / 2 }>().0;
-        let mut at = 0;
-        let runs = xs.chunks(run).zip(offsets.chunks_mut(chunks * run));
-        for (xs, offsets) in runs {
-            for (start, offsets) in (0..registers).step_by(chunk).zip(offsets.chunks_mut(xs.len()))
-            {
-                let mut acc = [_mm256_setzero_si256(); RUN];
-                for register in start..registers.min(start + chunk) {
-                    for field in 0..FIELDS {
-                        for (x, acc) in xs.iter().zip(&mut acc) {
-                            let to = &mut columns[at];
-                            place(cut, register, field, x.padded(), to);
-                            let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_i8(to));
-                            *acc = _mm256_sub_epi16(*acc, pairs);
-                            at += 1;
-                        }
-                    }
-                }
-                for (to, acc) in offsets.iter_mut().zip(acc) {
+        let parts =
+            columns.chunks_mut(registers * FIELDS * run).zip(offsets.chunks_mut(chunks * run));
+        for (xs, (columns, offsets)) in xs.chunks(run).zip(parts) {
+            let n = xs.len();
+            let columns = columns.chunks_mut(chunk * FIELDS * n).zip(offsets.chunks_mut(n));
+            for ((columns, offsets), start) in columns.zip((0..).step_by(chunk)) {
+                for (t, x) in xs.iter().enumerate() {
+                    let acc = arrange_token(cut, start, x.padded(), columns, n, t);
                     // SAFETY: the array has the 32 bytes that are written; no alignment is needed.
-                    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), acc) };
+                    unsafe { _mm256_storeu_si256(offsets[t].as_mut_ptr().cast(), acc) };
                 }
             }
         }
@@ -255,18 +245,48 @@ fn chunk(registers: usize) -> usize {
     registers.div_ceil(registers.div_ceil(REGISTERS)).next_multiple_of(2)
 }
 
-/// Writes the columns of one field of one register.
-#[inline(always)]
-fn place(cut: Cut, register: usize, field: usize, q: &[i8], to: &mut [i8; STEP]) {
-    let (block, half) = (register / 2, register % 2 * STEP);
-    if block < cut.blocks {
-        *to = *q[block * BLOCK_COLS + field * BLOCK_BYTES + half..].first_chunk().expect("a block");
-    } else {
-        // Zeros after the tail, where no codes are.
-        let n = (cut.tail - half).min(STEP);
-        *to = [0; STEP];
-        to[..n].copy_from_slice(&q[cut.blocks * BLOCK_COLS + field * cut.tail + half..][..n]);
+/// Writes the columns of token `t` of `n` of a chunk from register `start` on, and
+/// returns minus the sum of those that meet in a lane.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn arrange_token(
+    cut: Cut,
+    start: usize,
+    q: &[i8],
+    columns: &mut [[i8; STEP]],
+    n: usize,
+    t: usize,
+) -> __m256i {
+    let q = &q[start / 2 * BLOCK_COLS..];
+    let full = cut.blocks.saturating_sub(start / 2);
+    let mut acc = _mm256_setzero_si256();
+    let mut blocks = columns.chunks_mut(2 * FIELDS * n);
+    for (to, q) in blocks.by_ref().take(full).zip(q.as_chunks::<BLOCK_COLS>().0) {
+        for half in 0..2 {
+            for field in 0..FIELDS {
+                let q = q[field * BLOCK_BYTES + half * STEP..].first_chunk().expect("a block");
+                acc = put(acc, load_i8(q), &mut to[(half * FIELDS + field) * n + t]);
+            }
+        }
     }
+    for (i, to) in blocks.flat_map(|to| to.chunks_mut(n)).enumerate() {
+        let (at, field) = (i / FIELDS * STEP, i % FIELDS);
+        // Zeros after the tail, where no codes are.
+        let mut padded = [0; STEP];
+        let len = (cut.tail - at).min(STEP);
+        padded[..len].copy_from_slice(&q[full * BLOCK_COLS + field * cut.tail + at..][..len]);
+        acc = put(acc, load_i8(&padded), &mut to[t]);
+    }
+    acc
+}
+
+/// Writes some columns, and takes them from the sum.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn put(acc: __m256i, q: __m256i, to: &mut [i8; STEP]) -> __m256i {
+    // SAFETY: the array has the 32 bytes that are written; no alignment is needed.
+    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), q) };
+    _mm256_sub_epi16(acc, _mm256_maddubs_epi16(_mm256_set1_epi8(1), q))
 }
 
 /// Adds the products of 32 packed bytes of a row and their columns.
