@@ -135,6 +135,14 @@ fn place(
 ) {
     turn(m, dims, angles, k);
     let kv_width = dims.kv_width();
+    if batch.iter().all(|s| s.tokens.len() == 1) {
+        // One token writes its own; of several sequences, each has a task.
+        let rows = k.chunks_exact(kv_width).zip(v.chunks_exact(kv_width));
+        let mut tasks: Vec<_> = batch.iter_mut().map(|s| &mut *s.cache).zip(rows).collect();
+        return m.team.for_each(&mut tasks, |(cache, (k, v))| {
+            cache.write((m.isa, &m.team), layer, cache.len(), k, v);
+        });
+    }
     let mut at = 0;
     for Segment { tokens, cache } in batch.iter_mut() {
         let part = at * kv_width..(at + tokens.len()) * kv_width;
