@@ -1,6 +1,7 @@
 """`load`, `Model` and `Chat` on the bundled model: what users touch."""
 
 import gc
+import itertools
 import json
 import shutil
 import threading
@@ -525,6 +526,17 @@ def test_a_stream_does_not_run_far_ahead_of_its_reader(model: br.Model) -> None:
     assert len(stream.completion.tokens) == 400
     expected = model.generate(PROMPTS[0], temperature=0, ignore_eos=True, max_tokens=400)
     assert expected.endswith(text)
+
+
+def test_more_streams_than_run_at_once_can_be_read_in_turns() -> None:
+    with br.load(max_sequences=2) as model:
+        options: Any = {"temperature": 0, "ignore_eos": True, "max_tokens": 40}
+        streams = [model.stream(PROMPTS[i % 3], **options) for i in range(5)]
+        texts = [
+            "".join(pieces)
+            for pieces in zip(*itertools.zip_longest(*streams, fillvalue=""), strict=True)
+        ]
+        assert texts == [model.generate(PROMPTS[i % 3], **options) for i in range(5)]
 
 
 def test_prompts_that_begin_alike_are_computed_once(tmp_path: Path) -> None:

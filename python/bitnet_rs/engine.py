@@ -157,8 +157,8 @@ class Running:
 
     Attributes:
         request: What it was asked.
-        ahead: How many tokens it may be ahead of what was taken from it (`taken`), then it rests;
-            None: any number.
+        ahead: How many tokens it may be ahead of what was taken from it (`taken`), then it rests
+            unless others wait to be admitted; None: any number.
         taken: Tokens that whoever reads them has taken so far; theirs to count.
         finish_reason: None while it runs.
         error: What went wrong, where `finish_reason` is `error`.
@@ -210,7 +210,7 @@ class Running:
         return self._n_kv < self._n_prompt
 
     @property
-    def _rests(self) -> bool:
+    def _is_ahead(self) -> bool:
         return self.ahead is not None and self.n_generated - self.taken >= self.ahead
 
     def _finish(self, reason: FinishReason) -> None:
@@ -409,7 +409,7 @@ class Engine:
     @property
     def runnable(self) -> bool:
         """Whether a step would compute anything: not all sequences rest."""
-        return any(not each._rests for each in self._active) or (
+        return any(not self._rests(each) for each in self._active) or (
             bool(self._waiting) and self._fits(self._waiting[0])
         )
 
@@ -497,6 +497,13 @@ class Engine:
 
     # Who may run.
 
+    def _rests(self, sequence: Running) -> bool:
+        """Whether it is far enough ahead of its reader.
+
+        Not while others wait for its place: its reader may be waiting for one of those.
+        """
+        return sequence._is_ahead and not self._waiting
+
     def _fits(self, sequence: Running) -> bool:
         if len(self._active) >= self.max_sequences:
             return False
@@ -577,7 +584,7 @@ class Engine:
         segments: list[_Segment] = []
         prompts: list[int] = []  # which of them still read their prompt
         for sequence in self._active:
-            if sequence._rests or (sequence._cache is None and not self._begin(sequence)):
+            if self._rests(sequence) or (sequence._cache is None and not self._begin(sequence)):
                 continue
             cache = sequence._cache
             assert cache is not None  # `_begin` made it
