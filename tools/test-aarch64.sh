@@ -6,7 +6,8 @@
 #
 # With --set-up it only fetches what it needs.
 # The environment reaches the tests (BITNET_RS_ISA); BITNET_RS_TEST_ONE_IN=1 runs
-# all cases, not the third that is enough for every level here.
+# all cases, not the third that is enough for every level here. BITNET_RS_TEST_LEVELS
+# names the levels, all of them if it is unset.
 # What emulation cannot show: timing, and ARM's weak order of memory accesses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -58,7 +59,7 @@ if [[ ${1:-} == --set-up ]]; then
 fi
 cargo test --locked --quiet --target $target --lib --tests --no-run
 export BITNET_RS_TEST_ONE_IN=${BITNET_RS_TEST_ONE_IN:-3}
-for level in cortex-a53:neon neoverse-n1:dotprod max:i8mm; do
+for level in ${BITNET_RS_TEST_LEVELS:-cortex-a53:neon neoverse-n1:dotprod max:i8mm}; do
   echo "== aarch64, emulated ${level%:*}: kernels up to ${level#*:} =="
   # Without this, a level that the emulator does not show would pass by testing less.
   QEMU_CPU=${level%:*} BITNET_RS_TEST_HIGHEST_ISA=${level#*:} \
