@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
 
 from bitnet_rs import Model
 from bitnet_rs.engine import Event, Running
@@ -86,12 +88,22 @@ def serving(model: Model, **settings: Any) -> Iterator[Served]:
             assert not thread.is_alive()
 
 
+class _Slow:
+    """Allows everything, and takes its time."""
+
+    def restrict(self, logits: NDArray[np.float32], remaining: int) -> None:
+        time.sleep(0.02)
+
+    def accept(self, token: int) -> bool:
+        return False
+
+
 @contextmanager
 def occupied(model: Model) -> Iterator[None]:
-    """Takes one of the model's places with a sequence that rests, as nobody reads its tokens."""
-    settings = model.settings(max_tokens=50, ignore_eos=True)
-    request = model.request(model.check_encoded(model.encode("Once"), "prompt"), settings)
-    sequence = Running(request, ahead=1)
+    """Takes one of the model's places with a sequence that takes about ten seconds."""
+    settings = model.settings(max_tokens=480, ignore_eos=True)
+    ids = model.check_encoded(model.encode("Once"), "prompt")
+    sequence = Running(model.request(ids, settings, constraint=_Slow()))
     begun = threading.Event()
 
     def sink(_: Sequence[Event]) -> None:
