@@ -15,15 +15,10 @@ from bitnet_rs.server import tools
 from bitnet_rs.server.errors import bad_request
 from bitnet_rs.server.generation import (
     DONE,
-    EventStream,
     Generation,
-    NoResponse,
     Piece,
     event,
-    json_response,
     logprob,
-    unless_left,
-    with_errors,
 )
 
 if TYPE_CHECKING:
@@ -48,13 +43,7 @@ async def chat(service: Service, request: Request, body: ChatRequest) -> Respons
     plan, calling = await service.prepare(partial(_prepare, service, body))
     generation = service.begin(plan)
     answer = _Answer(service, body, generation, calling)
-    if body.stream:
-        return EventStream(with_errors(answer.stream()), partial(service.end, generation))
-    try:
-        whole = await unless_left(request.receive, answer.whole())
-    finally:
-        service.end(generation)
-    return NoResponse() if whole is None else json_response(whole)
+    return await service.respond(request, generation, answer, stream=bool(body.stream))
 
 
 @dataclass(frozen=True)

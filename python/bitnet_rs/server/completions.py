@@ -15,15 +15,10 @@ from bitnet_rs.engine import check_ids
 from bitnet_rs.server.errors import bad_request
 from bitnet_rs.server.generation import (
     DONE,
-    EventStream,
     Generation,
-    NoResponse,
     Piece,
     event,
-    json_response,
     logprob,
-    unless_left,
-    with_errors,
 )
 from bitnet_rs.server.service import Plan, without_limit
 
@@ -55,13 +50,7 @@ async def complete(service: Service, request: Request, body: CompletionRequest) 
     plan, texts = await service.prepare(partial(_prepare, service, body))
     generation = service.begin(plan)
     answer = _Answer(service, body, generation, texts)
-    if body.stream:
-        return EventStream(with_errors(answer.stream()), partial(service.end, generation))
-    try:
-        whole = await unless_left(request.receive, answer.whole())
-    finally:
-        service.end(generation)
-    return NoResponse() if whole is None else json_response(whole)
+    return await service.respond(request, generation, answer, stream=bool(body.stream))
 
 
 def _prepare(service: Service, body: CompletionRequest) -> tuple[Plan, list[str]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import uuid4
 
 from bitnet_rs import __version__
@@ -20,13 +20,22 @@ from bitnet_rs.completion import Reply
 from bitnet_rs.engine import Running
 from bitnet_rs.options import Options
 from bitnet_rs.server.errors import ApiError, bad_request, shown
-from bitnet_rs.server.generation import Generation
+from bitnet_rs.server.generation import (
+    EventStream,
+    Generation,
+    NoResponse,
+    json_response,
+    unless_left,
+    with_errors,
+)
 from bitnet_rs.server.metrics import Metrics
 from bitnet_rs.server.settings import ServerSettings, served_name
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from starlette.requests import Request as HttpRequest
+    from starlette.responses import Response
 
     from bitnet_rs.engine import Constraint, Request
     from bitnet_rs.model import Model
@@ -37,6 +46,16 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 MakeConstraint = Callable[[], "Constraint"]
+
+
+class Answer(Protocol):
+    """A generation as the clients of one route read it."""
+
+    async def whole(self) -> dict[str, Any]:
+        """In one piece."""
+
+    def stream(self) -> AsyncGenerator[bytes | None, None]:
+        """As events; None where nothing has come for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +288,19 @@ class Service:
         generation.start(self.settings.max_queue)
         self._live.add(generation)
         return generation
+
+    async def respond(
+        self, request: HttpRequest, generation: Generation, answer: Answer, *, stream: bool
+    ) -> Response:
+        """Answers a request with a generation that was begun for it, and ends that."""
+        end = partial(self.end, generation)
+        if stream:
+            return EventStream(with_errors(answer.stream()), end)
+        try:
+            whole = await unless_left(request.receive, answer.whole())
+        finally:
+            end()
+        return NoResponse() if whole is None else json_response(whole)
 
     def end(self, generation: Generation) -> None:
         """Cancels what is left of a generation."""
