@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 KvDtype = Literal["f16", "f32"]
 
 # Where neither the caller nor the checkpoint says how much to write.
-_DEFAULT_MAX_TOKENS: Final = 128
+DEFAULT_MAX_TOKENS: Final = 128
 
 
 def load(
@@ -639,7 +639,7 @@ class Model:
         *,
         name: str = "prompt",
         cure: str = "shorten it",
-        default_max_tokens: int | None = _DEFAULT_MAX_TOKENS,
+        default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
         constraint: Constraint | None = None,
         prompt_logprobs: bool = False,
     ) -> Request:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bitnet_rs.engine import check_ids
+from bitnet_rs.model import DEFAULT_MAX_TOKENS
 from bitnet_rs.server.errors import bad_request
 from bitnet_rs.server.generation import (
     DONE,
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from bitnet_rs.server.protocol import CompletionRequest, TokenIds
     from bitnet_rs.server.service import Service
     from bitnet_rs.tokenizer import Tokenizer
-
-# As `Model.complete`, where neither the request nor the checkpoint says.
-_DEFAULT_MAX_TOKENS = 128
 
 
 async def complete(service: Service, request: Request, body: CompletionRequest) -> Response:
@@ -77,7 +75,7 @@ def _prepare(service: Service, body: CompletionRequest) -> tuple[Plan, list[str]
         model.settings(**options),
         n,
         what="prompt",
-        default_max_tokens=_DEFAULT_MAX_TOKENS,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
         constraint=service.constraint(body),
         prompt_logprobs=bool(body.echo) and (nothing or body.logprobs is not None),
     )
