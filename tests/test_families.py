@@ -137,6 +137,36 @@ def test_the_core_computes_what_the_reference_does(tmp_path: Path, family: str) 
         assert close(found, wanted)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_that_threads_take_apart_change_no_bit(
+    tmp_path: Path, family: str, threads: int
+) -> None:
+    make(tmp_path, family)
+    checkpoint = opened(tmp_path, family)
+    alone = _core.Model(checkpoint.core_config, checkpoint.weights, threads=1)
+    core = _core.Model(checkpoint.core_config, checkpoint.weights, threads=threads)
+    prompts = [IDS[: 3 + 2 * i] for i in range(5)]
+    wanted = [alone.forward([(p, alone.new_cache(len(p)))], logits="last")[0] for p in prompts]
+    caches = [core.new_cache(len(p)) for p in prompts]
+    core.forward([(p[:-1], c) for p, c in zip(prompts, caches, strict=True)])
+    # As in decoding: one token of each, so that no step need be shared.
+    last = [(p[-1:], c) for p, c in zip(prompts, caches, strict=True)]
+    tops = [None, 1, 0, 5, None]
+    core.profile(True)
+    for (ids, logits), full, top in zip(core.forward_top(last, tops), wanted, tops, strict=True):
+        order = np.sort(np.argsort(-full, kind="stable")[: len(full) if top is None else top])
+        assert ids is None or ids.tolist() == order.tolist()
+        assert logits.tobytes() == full[order].tobytes()
+    # Threads that share no step are busy all the time.
+    [(wall, busy)] = [lap[2:] for lap in core.profile(False) if lap[0] == "down"]
+    assert busy / wall == pytest.approx(threads, rel=0.01)
+    assert [len(c) for c in caches] == [len(p) for p in prompts]
+    for cache in caches:
+        cache.truncate(len(cache) - 1)
+    assert core.forward(last).tobytes() == np.array(wanted).tobytes()
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.startswith(FLOAT)])
 def test_int8_activations_are_a_named_option(tmp_path: Path, family: str) -> None:
     make(tmp_path, family)

@@ -1,6 +1,8 @@
 //! The ragged batch: segments of (tokens, cache), prefill and decode mixed,
 //! flattened to rows of one token each; and what is wanted of it.
 
+use std::ops::Range;
+
 use crate::error::{Error, invalid};
 use crate::kv_cache::KvCache;
 
@@ -46,20 +48,27 @@ pub(super) struct Row {
     pub(super) position: usize,
 }
 
-/// Checks a batch against a model, takes the memory for its keys and values,
-/// and lists its rows, in order.
+impl<'a> Wanted<'a> {
+    /// The same of some segments.
+    pub(super) fn part(self, segments: Range<usize>) -> Self {
+        match self {
+            Wanted::Each(wants) => Wanted::Each(&wants[segments]),
+            all => all,
+        }
+    }
+}
+
+/// Checks a batch against a model and takes the memory for its keys and values.
 ///
 /// # Errors
 /// An empty batch or segment, a token id out of range, a cache of another
 /// shape or without room, wants that are not one for each segment.
-pub(super) fn rows(
+pub(super) fn reserve(
     model: &dyn Model,
     batch: &mut [Segment<'_>],
     wanted: Wanted<'_>,
-    rows: &mut Vec<Row>,
 ) -> Result<(), Error> {
     let dims = model.dims();
-    rows.clear();
     if batch.is_empty() {
         return Err(invalid!("an empty batch; wanted at least one segment"));
     }
@@ -92,10 +101,17 @@ pub(super) fn rows(
             Error::Invalid(message) => invalid!("segment {segment}: {message}"),
             other => other,
         })?;
+    }
+    Ok(())
+}
+
+/// Lists the rows of a batch, in order.
+pub(super) fn rows(batch: &[Segment<'_>], rows: &mut Vec<Row>) {
+    rows.clear();
+    for (segment, Segment { tokens, cache }) in batch.iter().enumerate() {
         let positions = cache.len()..cache.len() + tokens.len();
         rows.extend(positions.map(|position| Row { segment, position }));
     }
-    Ok(())
 }
 
 /// The rows whose logits are wanted, and which; those of which nothing is

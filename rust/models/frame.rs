@@ -5,7 +5,7 @@
 use super::batch::{self, Segment, Want, Wanted};
 use super::scratch::{Scratch, Scratches};
 use super::weights::{Embeddings, vector};
-use super::{Dims, Facts, HeadUse, Logits, Machine, Model, Weights, steps};
+use super::{Dims, Facts, HeadUse, Logits, Machine, Model, Weights, apart, steps};
 use crate::error::Error;
 use crate::kernels::PackedMatrix;
 
@@ -39,21 +39,18 @@ impl Frame {
         Ok((Self { dims, machine, embeddings, norm, scratches: Scratches::default() }, layers))
     }
 
-    /// The end of a pass: logits of the rows in `wants`, and the tokens counted in their caches.
+    /// The end of a pass: logits of the rows in `wants`.
     ///
     /// # Errors
     /// There is no memory.
     pub(super) fn finish(
         &self,
+        m: &Machine,
         s: &mut Scratch,
-        batch: &mut [Segment<'_>],
         wants: &[(usize, Want)],
     ) -> Result<Logits, Error> {
         let Scratch { h, normed, scan, .. } = s;
-        let (m, eps) = (&self.machine, self.dims.eps);
-        let logits = steps::logits(m, h, wants, &self.norm, eps, &self.embeddings, normed, scan)?;
-        batch::commit(batch);
-        Ok(logits)
+        steps::logits(m, h, wants, &self.norm, self.dims.eps, &self.embeddings, normed, scan)
     }
 }
 
@@ -71,9 +68,11 @@ pub(super) trait Architecture: Send + Sync {
     /// All norms of layers.
     fn norms(&self) -> impl Iterator<Item = &[f32]>;
 
-    /// The pass, for the rows listed in `s`; see [`Model::pass`].
+    /// The pass on `m`, for the rows listed in `s`, but for counting the tokens in their
+    /// caches; see [`Model::pass`].
     fn run(
         &self,
+        m: &Machine,
         s: &mut Scratch,
         batch: &mut [Segment<'_>],
         wanted: Wanted<'_>,
@@ -104,10 +103,26 @@ impl<A: Architecture> Model for A {
     }
 
     fn pass(&self, batch: &mut [Segment<'_>], wanted: Wanted<'_>) -> Result<Logits, Error> {
-        let frame = self.frame();
-        frame.scratches.with(|scratch| {
-            batch::rows(self, batch, wanted, &mut scratch.rows)?;
-            frame.machine.team.run(|| self.run(scratch, batch, wanted))?
-        })
+        let machine = &self.frame().machine;
+        batch::reserve(self, batch, wanted)?;
+        let logits = machine.team.run(|| match apart::share(self, batch) {
+            Some(share) => apart::run(self, share, batch, wanted),
+            None => run(self, machine, batch, wanted),
+        })??;
+        batch::commit(batch);
+        Ok(logits)
     }
+}
+
+/// Takes a batch through all layers, with buffers of the model's.
+pub(super) fn run(
+    model: &impl Architecture,
+    m: &Machine,
+    batch: &mut [Segment<'_>],
+    wanted: Wanted<'_>,
+) -> Result<Logits, Error> {
+    model.frame().scratches.with(|scratch| {
+        batch::rows(batch, &mut scratch.rows);
+        model.run(m, scratch, batch, wanted)
+    })
 }

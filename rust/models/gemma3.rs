@@ -186,11 +186,12 @@ impl Architecture for Gemma3 {
 
     fn run(
         &self,
+        m: &Machine,
         s: &mut Scratch,
         batch: &mut [Segment<'_>],
         wanted: Wanted<'_>,
     ) -> Result<Logits, Error> {
-        let Frame { dims: d, machine: m, embeddings, .. } = &self.frame;
+        let Frame { dims: d, embeddings, .. } = &self.frame;
         let eps = d.eps;
         s.fit(d)?;
         // Those of the first layer in front.
@@ -238,6 +239,6 @@ impl Architecture for Gemma3 {
             norm_rows(m, &s.delta, &layer.post_feedforward_layernorm, eps, &mut s.a);
             zip_rows(m, &mut s.h, &s.a, d.hidden, |h, delta| add(m.isa, h, delta));
         }
-        self.frame.finish(s, batch, &wants)
+        self.frame.finish(m, s, &wants)
     }
 }

@@ -102,11 +102,12 @@ impl Architecture for Llama {
 
     fn run(
         &self,
+        m: &Machine,
         s: &mut Scratch,
         batch: &mut [Segment<'_>],
         wanted: Wanted<'_>,
     ) -> Result<Logits, Error> {
-        let Frame { dims: d, machine: m, embeddings, .. } = &self.frame;
+        let Frame { dims: d, embeddings, .. } = &self.frame;
         let eps = d.eps;
         s.fit(d)?;
         angles(m, &self.rope, &s.rows, d.head_dim, &mut s.angles);
@@ -147,6 +148,6 @@ impl Architecture for Llama {
             m.team.lap("down");
             zip_rows(m, &mut s.h, &s.delta, d.hidden, |h, delta| add(m.isa, h, delta));
         }
-        self.frame.finish(s, batch, &wants)
+        self.frame.finish(m, s, &wants)
     }
 }

@@ -1,6 +1,7 @@
 //! The forward passes, one file per architecture, and what they share going
 //! in: a config, named tensors, a ragged batch.
 
+mod apart;
 mod batch;
 mod bit_linear;
 mod bitnet;
@@ -136,6 +137,11 @@ impl Machine {
         }
         let kernels = Kernels::new(all)?;
         Ok(Self { id: ModelId::next(), isa, kernels, team: Team::new(threads)? })
+    }
+
+    /// One thread with the same kernels, for the same caches.
+    fn alone(&self) -> Self {
+        Self { team: self.team.alone(), ..*self }
     }
 
     /// The same machine with no thread started: packing used some, and a

@@ -113,11 +113,12 @@ impl Architecture for Qwen3 {
 
     fn run(
         &self,
+        m: &Machine,
         s: &mut Scratch,
         batch: &mut [Segment<'_>],
         wanted: Wanted<'_>,
     ) -> Result<Logits, Error> {
-        let Frame { dims: d, machine: m, embeddings, .. } = &self.frame;
+        let Frame { dims: d, embeddings, .. } = &self.frame;
         s.fit(d)?;
         angles(m, &self.rope, &s.rows, d.head_dim, &mut s.angles);
         embed(&embeddings.tokens, batch, &mut s.h);
@@ -150,6 +151,6 @@ impl Architecture for Qwen3 {
             m.team.lap("down");
             zip_rows(m, &mut s.h, &s.delta, d.hidden, |h, delta| add(m.isa, h, delta));
         }
-        self.frame.finish(s, batch, &wants)
+        self.frame.finish(m, s, &wants)
     }
 }

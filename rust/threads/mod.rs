@@ -61,6 +61,14 @@ impl Team {
         Self::of(self.threads)
     }
 
+    /// A team of one, to compute within a task what is measured with this team's.
+    #[must_use]
+    pub fn alone(&self) -> Self {
+        let team = Self::of(1);
+        team.profile.switch(self.profile.is_on());
+        team
+    }
+
     /// How many threads compute.
     #[must_use]
     pub fn threads(&self) -> usize {
@@ -130,6 +138,12 @@ impl Team {
     /// Switches measuring on or off; what was measured until now.
     pub fn profile(&self, on: bool) -> Vec<Lap> {
         self.profile.switch(on)
+    }
+
+    /// Counts what was measured with `part`, one of `parts` that computed side by side, each
+    /// [alone](Team::alone): their average as time on the clock, their sum as time in tasks.
+    pub fn add_profile(&self, part: &Team, parts: usize) {
+        self.profile.add(part.profile.switch(false), parts);
     }
 
     /// Counts the time since the last lap of this pass as `name`'s, if it is

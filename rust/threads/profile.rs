@@ -77,13 +77,35 @@ impl Profile {
         let wall_ns = now.duration_since(laps.last).as_nanos() as u64;
         let busy_ns = self.busy_ns.swap(0, Ordering::Relaxed);
         laps.last = now;
-        let at = laps.laps.iter().position(|lap| lap.name == name).unwrap_or_else(|| {
-            laps.laps.push(Lap { name, count: 0, wall_ns: 0, busy_ns: 0 });
-            laps.laps.len() - 1
-        });
-        let lap = &mut laps.laps[at];
-        lap.count += 1;
-        lap.wall_ns += wall_ns;
-        lap.busy_ns += busy_ns;
+        laps.count(&Lap { name, count: 1, wall_ns, busy_ns });
+    }
+
+    /// Counts laps of one of `parts` threads that each computed alone; the last lap of the
+    /// pass is then now.
+    pub(super) fn add(&self, laps: Vec<Lap>, parts: usize) {
+        if !self.is_on() {
+            return;
+        }
+        let mut all = self.laps.lock().unwrap_or_else(PoisonError::into_inner);
+        let parts = parts as u64;
+        for lap in laps {
+            let (count, wall_ns, busy_ns) = (lap.count / parts, lap.wall_ns / parts, lap.wall_ns);
+            all.count(&Lap { count, wall_ns, busy_ns, ..lap });
+        }
+        all.last = Instant::now();
+        self.busy_ns.store(0, Ordering::Relaxed);
+    }
+}
+
+impl Laps {
+    fn count(&mut self, lap: &Lap) {
+        match self.laps.iter_mut().find(|l| l.name == lap.name) {
+            Some(all) => {
+                all.count += lap.count;
+                all.wall_ns += lap.wall_ns;
+                all.busy_ns += lap.busy_ns;
+            }
+            None => self.laps.push(lap.clone()),
+        }
     }
 }
