@@ -111,7 +111,7 @@ impl Prepared {
 
     /// Turns the exact integer sum `acc = sum(q * t)` of a row into its
     /// output. Integers become floats here, and by the same operations in vectors in
-    /// `Lines::rescale` of `vlut.rs` and `rescale` of `avx2_i2_runs.rs`; nowhere else. First
+    /// `Lines::rescale` of `vlut.rs` and `put` of `avx2_i2_runs.rs`; nowhere else. First
     /// by `s`, then by the weights' scale: the order of `AutoBitLinear` in transformers and
     /// of I2_S in bitnet.cpp (docs/numerics.md has the others that were tried).
     #[inline(always)]

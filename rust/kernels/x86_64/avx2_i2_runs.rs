@@ -5,7 +5,7 @@
 //! ```text
 //! for inputs in blocks of 64
 //!   arrange the activations, all tokens of a run side by side
-//!   for rows in tiles of 16
+//!   for rows in tiles of 128, fewer where there are several runs
 //!     for columns in chunks of 2560
 //!       for runs of 8 tokens                       activations stay in L1: 20 KB
 //!         for rows of the tile
@@ -27,17 +27,22 @@
 //! did in between does not matter. A product has two of them, at most 128 in size each,
 //! and the [`REGISTERS`] of a chunk 80 products: 20480.
 //!
-//! Measured on one thread of a Zen 3, weights of 2560 x 2560 from memory, GMAC/s: 84 for 2
-//! tokens, 117 for 4, 137 for 8, 130 for 12 to 64. Unpacked into L1 and multiplied in
-//! tiles of four rows and three tokens, as t5 still is: 94 for 8, in turns with the 137.
-//! The loop itself, in assembly and from L1, comes to 157, which is what `vpmaddubsw`
-//! and its addition come to without any loads (150 to 173): additions take its pipes.
+//! Measured on one thread of a Zen 3, 10240 x 2560 weights, quantizing included, GMAC/s: 102
+//! for 2 tokens, 133 for 4, 145 for 8, 139 for 12, 132 for 64. Narrow matrices are slower, for
+//! a row's lanes to be added up: 768 x 256 weights 79 for 8. The loop itself, in assembly and
+//! from L1, comes to 157, which is what `vpmaddubsw` and its addition come to without any
+//! loads (150 to 173): additions take its pipes. Unpacked into L1 and multiplied in tiles of
+//! four rows and three tokens, as t5 still is: 94 for 8 where this was 137.
+//!
+//! What brought that from 135 to 145, and from 59 to 79 for the narrow ones: tiles of 128
+//! rows instead of 16, outputs of eight rows at once instead of eight tokens at once, which
+//! were stored one by one, sums that are not zeroed first.
 //!
 //! Tried, 8 tokens: two rows by four tokens 121, four by two 100; codes unpacked into L1
 //! first and then a row by eight 133 where this was 139; half as many columns in a chunk
-//! 137, for more adding up of lanes; 12 tokens in a run 126; tiles of 4 to 64 rows, and
-//! so distances of prefetching, no difference. Without [`apart`] 128, without vectors in
-//! [`rescale`] 133.
+//! 137, for more adding up of lanes; 12 tokens in a run 126. Without [`apart`] 128. With
+//! fewer tokens, several rows at once, to add up their lanes together: 7 % faster for 2
+//! tokens by 4 rows, 10 % slower for 4 by 2.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -57,9 +62,11 @@ const RUN: usize = 8;
 /// Inputs whose activations are arranged together.
 const INPUTS: usize = 8 * RUN;
 
-/// Rows of a tile: weights are asked for a tile ahead, and of each chunk's activations
-/// L1 keeps what a tile reads again.
-const TILE: usize = 16;
+/// Sums of a tile, rows times runs: a whole number of eights of rows, whatever the runs.
+const SUMS: usize = 16 * INPUTS / RUN;
+
+/// Rows ahead of their use that weights are asked for.
+const AHEAD: usize = 16;
 
 /// Bytes of a register.
 const STEP: usize = 32;
@@ -89,16 +96,21 @@ pub(super) fn gemm_parts(parts: &mut [Part<'_>], xs: &[Prepared]) {
     let Some(cols) = parts.first().map(|p| p.w.cols) else { return };
     let cut = Cut::new(cols);
     let registers = 2 * cut.blocks + cut.tail.div_ceil(STEP);
+    let mut sums = [[0; RUN]; SUMS];
     // Taken and put back: a closure that `with` runs is not compiled for AVX2.
     let mut scratch = SCRATCH.take();
     for (block, xs) in xs.chunks(INPUTS).enumerate() {
         let run = xs.len().div_ceil(xs.len().div_ceil(RUN));
         let batch = Batch::arrange(cut, registers, run, xs, &mut scratch);
+        // As many as there are sums for, in whole eights.
+        let tile = SUMS / xs.len().div_ceil(run) / 8 * 8;
         for Part { w, rows, ys } in &mut *parts {
             assert!(w.cols == cols);
+            let start = rows.start;
             let ys = &mut ys[block * INPUTS..][..xs.len()];
-            for first in rows.clone().step_by(TILE) {
-                batch.multiply(w, rows.start, first..rows.end.min(first + TILE), xs, ys);
+            for first in rows.clone().step_by(tile) {
+                let rows = first..rows.end.min(first + tile);
+                batch.multiply(w, start, rows, xs, ys, &mut sums);
             }
         }
     }
@@ -150,7 +162,8 @@ impl<'a> Batch<'a> {
         Self { cut, registers, run, inputs: xs.len(), columns, offsets }
     }
 
-    /// The products of up to [`TILE`] rows; `ys` begin at row `start`.
+    /// The products of some rows, of which there are sums for all runs; `ys` begin at row
+    /// `start`.
     #[target_feature(enable = "avx2")]
     fn multiply(
         &self,
@@ -159,12 +172,13 @@ impl<'a> Batch<'a> {
         rows: Range<usize>,
         xs: &[Prepared],
         ys: &mut [&mut [f32]],
+        sums: &mut [Sums; SUMS],
     ) {
-        let mut sums = [[[0; RUN]; TILE]; INPUTS / RUN];
+        let each = SUMS / self.inputs.div_ceil(self.run);
         let step = chunk(self.registers);
         for (c, from) in (0..self.registers).step_by(step).enumerate() {
             let registers = from..self.registers.min(from + step);
-            for (at, sums) in (0..self.inputs).step_by(self.run).zip(&mut sums) {
+            for (at, sums) in (0..self.inputs).step_by(self.run).zip(sums.chunks_exact_mut(each)) {
                 let (r, c) = (rows.clone(), (c, registers.clone()));
                 match self.run.min(self.inputs - at) {
                     1 => self.add_run::<1>(w, r, at, c, sums),
@@ -179,16 +193,10 @@ impl<'a> Batch<'a> {
             }
         }
         let runs = xs.chunks(self.run).zip(ys.chunks_mut(self.run));
-        for ((xs, ys), sums) in runs.zip(&sums) {
-            let mut divisors = [1.0; RUN];
-            for (divisor, x) in divisors.iter_mut().zip(xs) {
-                *divisor = x.divisor;
-            }
-            for (row, sums) in rows.clone().zip(sums) {
-                let out = rescale(sums, &divisors, w.scale);
-                for (y, out) in ys.iter_mut().zip(out) {
-                    y[row - start] = out;
-                }
+        for ((xs, ys), sums) in runs.zip(sums.chunks_exact(each)) {
+            let rows = rows.start - start..rows.end - start;
+            for (first, sums) in rows.clone().step_by(8).zip(sums.as_chunks().0) {
+                put(sums, w.scale, xs, ys, first..rows.end.min(first + 8));
             }
         }
     }
@@ -202,7 +210,7 @@ impl<'a> Batch<'a> {
         rows: Range<usize>,
         at: usize,
         (chunk_index, registers): (usize, Range<usize>),
-        sums: &mut [Sums; TILE],
+        sums: &mut [Sums],
     ) {
         let columns = &self.columns[at * self.registers * FIELDS..].as_chunks::<T>().0;
         let columns: &[Columns<T>] = &columns.as_chunks::<FIELDS>().0[registers.clone()];
@@ -212,7 +220,7 @@ impl<'a> Batch<'a> {
         let full = registers.end.min(2 * self.cut.blocks) - registers.start;
         let (columns, tail_columns) = columns.split_at(full);
         let columns = columns.as_chunks::<2>().0;
-        let ahead = TILE / ROWS * w.group_bytes;
+        let ahead = AHEAD / ROWS * w.group_bytes;
         for (group, sums) in w.groups(rows.clone()).zip(sums.chunks_mut(ROWS)) {
             let (blocks, tail) = group.split_at(self.cut.blocks * ROWS * BLOCK_BYTES);
             let blocks = &blocks.as_chunks::<{ ROWS * BLOCK_BYTES }>().0[first..][..columns.len()];
@@ -234,7 +242,7 @@ impl<'a> Batch<'a> {
                     codes[..n].copy_from_slice(&tail[i * self.cut.tail + at..][..n]);
                     add_register(&mut acc, &codes, columns);
                 }
-                add_lanes(acc, sums);
+                add_lanes(acc, chunk_index == 0, sums);
             }
         }
     }
@@ -265,7 +273,7 @@ fn arrange_token(
         for half in 0..2 {
             for field in 0..FIELDS {
                 let q = q[field * BLOCK_BYTES + half * STEP..].first_chunk().expect("a block");
-                acc = put(acc, load_i8(q), &mut to[(half * FIELDS + field) * n + t]);
+                acc = put_columns(acc, load_i8(q), &mut to[(half * FIELDS + field) * n + t]);
             }
         }
     }
@@ -275,7 +283,7 @@ fn arrange_token(
         let mut padded = [0; STEP];
         let len = (cut.tail - at).min(STEP);
         padded[..len].copy_from_slice(&q[full * BLOCK_COLS + field * cut.tail + at..][..len]);
-        acc = put(acc, load_i8(&padded), &mut to[t]);
+        acc = put_columns(acc, load_i8(&padded), &mut to[t]);
     }
     acc
 }
@@ -283,7 +291,7 @@ fn arrange_token(
 /// Writes some columns, and takes them from the sum.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn put(acc: __m256i, q: __m256i, to: &mut [i8; STEP]) -> __m256i {
+fn put_columns(acc: __m256i, q: __m256i, to: &mut [i8; STEP]) -> __m256i {
     // SAFETY: the array has the 32 bytes that are written; no alignment is needed.
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), q) };
     _mm256_sub_epi16(acc, _mm256_maddubs_epi16(_mm256_set1_epi8(1), q))
@@ -318,10 +326,10 @@ fn apart(mut v: __m256i) -> __m256i {
     v
 }
 
-/// Adds the lanes of each register to one of `sums`.
+/// Adds the lanes of each register to one of `sums`, the first time to zero.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn add_lanes<const T: usize>(acc: [__m256i; T], sums: &mut Sums) {
+fn add_lanes<const T: usize>(acc: [__m256i; T], first: bool, sums: &mut Sums) {
     let ones = _mm256_set1_epi16(1);
     let mut v = [_mm256_setzero_si256(); RUN];
     for t in 0..T {
@@ -344,22 +352,56 @@ fn add_lanes<const T: usize>(acc: [__m256i; T], sums: &mut Sums) {
     // SAFETY: the array has the 32 bytes that are read and written; no alignment is needed.
     unsafe {
         let sums: *mut __m256i = sums.as_mut_ptr().cast();
-        _mm256_storeu_si256(sums, _mm256_add_epi32(_mm256_loadu_si256(sums), found));
+        let before = if first { _mm256_setzero_si256() } else { _mm256_loadu_si256(sums) };
+        _mm256_storeu_si256(sums, _mm256_add_epi32(before, found));
     }
 }
 
-/// [`Prepared::rescale`] of a row's sums.
+/// [`Prepared::rescale`] of up to eight rows' sums, to the places `at` of each output.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn rescale(sums: &Sums, divisors: &[f32; RUN], scale: f32) -> [f32; RUN] {
-    let mut out = [0.0; RUN];
-    // SAFETY: the arrays have the 32 bytes that are read and written; no alignment is needed.
-    unsafe {
-        let sums = _mm256_cvtepi32_ps(_mm256_loadu_si256(sums.as_ptr().cast()));
-        let quotients = _mm256_div_ps(sums, _mm256_loadu_ps(divisors.as_ptr()));
-        _mm256_storeu_ps(out.as_mut_ptr(), _mm256_mul_ps(quotients, _mm256_set1_ps(scale)));
+fn put(sums: &[Sums; 8], scale: f32, xs: &[Prepared], ys: &mut [&mut [f32]], at: Range<usize>) {
+    let scale = _mm256_set1_ps(scale);
+    for ((x, y), sums) in xs.iter().zip(ys).zip(transpose(sums)) {
+        let quotients = _mm256_div_ps(_mm256_cvtepi32_ps(sums), _mm256_set1_ps(x.divisor));
+        let found = _mm256_mul_ps(quotients, scale);
+        let y = &mut y[at.clone()];
+        let mut out = [0.0; 8];
+        let whole = y.first_chunk_mut().unwrap_or(&mut out);
+        // SAFETY: the array has the 32 bytes that are written; no alignment is needed.
+        unsafe { _mm256_storeu_ps(whole.as_mut_ptr(), found) };
+        if y.len() < 8 {
+            y.copy_from_slice(&out[..y.len()]);
+        }
     }
-    out
+}
+
+/// Eight rows' sums for each token.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn transpose(sums: &[Sums; 8]) -> [__m256i; RUN] {
+    let mut v = [_mm256_setzero_si256(); 8];
+    for i in 0..8 {
+        // SAFETY: the array has the 32 bytes that are read; no alignment is needed.
+        v[i] = unsafe { _mm256_loadu_si256(sums[i].as_ptr().cast()) };
+    }
+    let mut pairs = v;
+    for i in 0..4 {
+        pairs[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    let mut fours = v;
+    for i in [0, 4] {
+        for j in 0..2 {
+            fours[i + 2 * j] = _mm256_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+            fours[i + 2 * j + 1] = _mm256_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+        }
+    }
+    for i in 0..4 {
+        v[i] = _mm256_permute2x128_si256::<0x20>(fours[i], fours[i + 4]);
+        v[i + 4] = _mm256_permute2x128_si256::<0x31>(fours[i], fours[i + 4]);
+    }
+    v
 }
 
 #[target_feature(enable = "avx2")]
