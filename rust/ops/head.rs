@@ -254,6 +254,32 @@ impl ScanInput {
     }
 }
 
+/// What the bounds of a row are multiplied by for the distance of its scan from its
+/// logit.
+struct Reach {
+    norm: f32,
+    error: f32,
+}
+
+impl ScanInput {
+    /// Of rows of `cols` columns.
+    ///
+    /// Beside the two terms of Cauchy and Schwarz, `norm` has what the float sum may lose, of
+    /// a product `|w| |x| <= (norm + error) |x|`, and what the scan loses where it multiplies
+    /// and adds in float32: five roundings of `scale |q| step |p| <= norm (|x| + |f|)` at most.
+    /// Roundings of the distance itself are `SLACK`'s.
+    fn reach(&self, cols: usize) -> Reach {
+        let unit = 1.0 / (1u32 << 24) as f32;
+        let sum = (cols.div_ceil(LANES) + 4) as f32 * unit;
+        let norm = self.error + sum * self.norm + 5.0 * unit * (self.norm + self.error);
+        Reach { norm: norm * SLACK, error: (self.norm + sum * self.norm) * SLACK }
+    }
+}
+
+/// What a logit may lose where its products are subnormal, or its scan where the product of
+/// its scales is, generously: half of the smallest number, 2^30 times.
+const SMALLEST: f32 = 1e-35;
+
 /// What a scan needs, laid out once.
 #[derive(Default)]
 pub struct ScanScratch {
@@ -446,8 +472,6 @@ impl LaneOp for Scan<'_> {
     fn run<L: Lanes>(self, l: L) {
         let Self { scan, block, inputs, arranged, ks, upper, lower } = self;
         lower.fill(f32::NEG_INFINITY);
-        let roundings = (scan.cols.div_ceil(LANES) + 4) as f32;
-        let rounding = roundings * SLACK / (1u32 << 24) as f32;
         let rows = &scan.q.as_slice()[block.start * scan.stride..block.end * scan.stride];
         let rows = rows.as_chunks::<DOT>().0;
         let bounds = &scan.bounds[block.clone()];
@@ -471,28 +495,42 @@ impl LaneOp for Scan<'_> {
                 }
             }
             let upper = &mut upper[i * BLOCK..][..n];
-            let mut below = [0f32; BLOCK];
-            let [step, x_norm, x_error] = [input.step, input.norm, input.error].map(f64::from);
+            let mut below = [f32::NEG_INFINITY; BLOCK];
+            let reach = input.reach(scan.cols);
             let each = sums[i % run].iter().zip(bounds).zip(upper.iter_mut().zip(&mut below));
             for ((sum, bounds), (upper, below)) in each {
-                // In float64, where these few operations lose nothing that counts.
-                let [scale, norm, error] = [bounds.scale, bounds.norm, bounds.error].map(f64::from);
-                let middle = f64::from(sum.wrapping_sub(input.offset)) * (scale * step);
-                let radius = (error * x_norm
-                    + norm * x_error
-                    + f64::from(rounding) * (norm + error) * x_norm)
-                    * f64::from(SLACK)
-                    // What the float sum loses where products are subnormal.
-                    + 1e-40;
-                *upper = ((middle + radius) as f32).next_up();
-                *below = ((middle - radius) as f32).next_down();
+                let middle = sum.wrapping_sub(input.offset) as f32 * (bounds.scale * input.step);
+                let radius = bounds.norm * reach.norm + bounds.error * reach.error + SMALLEST;
+                *upper = middle + radius;
+                *below = middle - radius;
             }
-            largest[i] = upper.iter().fold(f32::NEG_INFINITY, |m, &u| if u > m { u } else { m });
+            largest[i] = largest_of(upper);
             let at = ks[..i].iter().sum::<usize>();
-            let best = &mut lower[at..at + ks[i]];
-            below[..n].iter().for_each(|&bound| insert(best, bound));
+            match &mut lower[at..at + ks[i]] {
+                [best] => *best = largest_of(&below),
+                best => {
+                    for below in below.as_chunks::<LANES>().0 {
+                        if best.last().is_some_and(|&last| largest_of(below) > last) {
+                            below.iter().for_each(|&bound| insert(best, bound));
+                        }
+                    }
+                }
+            }
         }
     }
+}
+
+/// The largest of some numbers. One that is not a number does not count.
+#[inline(always)]
+fn largest_of(x: &[f32]) -> f32 {
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for x in chunks {
+        for i in 0..LANES {
+            lanes[i] = if x[i] > lanes[i] { x[i] } else { lanes[i] };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
 }
 
 /// `q . p`, and each input's offset, of rows of `steps` lines and the first `T` inputs
@@ -525,9 +563,11 @@ fn add_rows<L: Lanes, const T: usize>(
                 *all = acc;
             }
         }
-        for t in 0..T {
-            for (sum, all) in sums[t][first..].iter_mut().zip(&all) {
-                *sum = l.sum_i32(all[t]);
+        // `sums` has room for the rows of the last tile that are not there.
+        for (i, all) in all.iter().enumerate() {
+            let found = l.sums_i32(*all);
+            for t in 0..T {
+                sums[t][first + i] = found[t];
             }
         }
     }

@@ -66,6 +66,15 @@ pub(crate) trait Lanes: Copy {
     fn zero(self) -> Self::I;
     /// The lanes added up.
     fn sum_i32(self, a: Self::I) -> i32;
+    /// The lanes of each added up.
+    #[inline(always)]
+    fn sums_i32<const T: usize>(self, a: [Self::I; T]) -> [i32; T] {
+        let mut out = [0; T];
+        for t in 0..T {
+            out[t] = self.sum_i32(a[t]);
+        }
+        out
+    }
     /// Asks for the cache line at `p`, which need not exist.
     fn prefetch<T>(self, p: *const T);
 }

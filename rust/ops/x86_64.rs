@@ -270,6 +270,36 @@ impl Lanes for Avx2 {
         lanes.iter().fold(0, |sum, &lane| sum.wrapping_add(lane))
     }
 
+    /// Eight at once: lanes of neighbours are added to each other three times.
+    #[inline(always)]
+    fn sums_i32<const T: usize>(self, a: [__m256i; T]) -> [i32; T] {
+        let mut out = [0; T];
+        if T < 4 {
+            for t in 0..T {
+                out[t] = self.sum_i32(a[t]);
+            }
+            return out;
+        }
+        for (a, out) in a.chunks(8).zip(out.chunks_mut(8)) {
+            let mut v = [self.zero(); 8];
+            v[..a.len()].copy_from_slice(a);
+            let mut sums = [0; 8];
+            // SAFETY: `self` proves AVX2; the array has the 32 bytes written.
+            unsafe {
+                let pair = |i| _mm256_hadd_epi32(v[i], v[i + 1]);
+                let low = _mm256_hadd_epi32(pair(0), pair(2));
+                let high = _mm256_hadd_epi32(pair(4), pair(6));
+                let halves = _mm256_add_epi32(
+                    _mm256_permute2x128_si256::<0x20>(low, high),
+                    _mm256_permute2x128_si256::<0x31>(low, high),
+                );
+                _mm256_storeu_si256(sums.as_mut_ptr().cast(), halves);
+            }
+            out.copy_from_slice(&sums[..out.len()]);
+        }
+        out
+    }
+
     #[inline(always)]
     fn prefetch<T>(self, p: *const T) {
         // SAFETY: a hint, which faults at no address.
