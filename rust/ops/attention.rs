@@ -38,9 +38,9 @@ pub const KEY_BLOCK: usize = PAGE;
 /// ms a token with 16 or 32, 8.7 with 192.
 const AHEAD: usize = 16;
 
-/// Query heads that share the loads of keys and values. A strip (32 keys, or 32
-/// dimensions) is then 8 chains of multiply-adds; a head that stands alone takes
-/// two strips, for 4: enough to hide their latency.
+/// Query heads that share the loads of keys and values, where there are so many; else two.
+/// A strip (32 keys, or 32 dimensions) is then 8 or 4 chains of multiply-adds; a head that
+/// stands alone takes two strips, for 4: enough to hide their latency.
 const HEAD_TILE: usize = 4;
 
 /// The keys that query heads attend to: of the first `n_keys` positions of one
@@ -174,21 +174,21 @@ where
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
         let Self { q, pages, kv_head, head_dim, seen, blocks, parts } = self;
-        let (tile, width) = (HEAD_TILE * head_dim, block_width(head_dim));
+        let width = block_width(head_dim);
         let heads = q.len() / head_dim;
-        let tiled = heads / HEAD_TILE * HEAD_TILE;
         for (parts, b) in parts.chunks_exact_mut(heads * width).zip(blocks) {
             let n = KEY_BLOCK.min(seen.end - b * KEY_BLOCK);
             let n = seen.start.saturating_sub(b * KEY_BLOCK)..n;
             let page = pages.page(kv_head, b);
-            let (tiles, rest) = parts.split_at_mut(tiled * width);
-            let tiles = tiles.chunks_exact_mut(HEAD_TILE * width).zip(q.chunks_exact(tile));
-            for (part, q) in tiles {
-                block::<HEAD_TILE, 1, E, L>(lanes, q, page, head_dim, n.clone(), part);
-            }
-            let rest = rest.chunks_exact_mut(width);
-            for (part, q) in rest.zip(q[tiled * head_dim..].chunks_exact(head_dim)) {
-                block::<1, 2, E, L>(lanes, q, page, head_dim, n.clone(), part);
+            let mut at = 0;
+            while at < heads {
+                let (q, parts) = (&q[at * head_dim..], &mut parts[at * width..]);
+                let n = n.clone();
+                at += match heads - at {
+                    HEAD_TILE.. => block::<HEAD_TILE, 1, E, L>(lanes, q, page, head_dim, n, parts),
+                    2.. => block::<2, 1, E, L>(lanes, q, page, head_dim, n, parts),
+                    _ => block::<1, 2, E, L>(lanes, q, page, head_dim, n, parts),
+                };
             }
         }
     }
@@ -200,7 +200,8 @@ pub(super) fn score_scale(head_dim: usize) -> f32 {
     (1.0 / (head_dim as f64).sqrt()) as f32
 }
 
-/// The keys `seen` of one block for `H` query heads, `S` groups of strips at once.
+/// The keys `seen` of one block for the first `H` query heads, `S` groups of strips at once;
+/// returns `H`.
 /// Sums run over those before them, too, whose weight is zero: that leaves a sum that is
 /// zero what it is.
 // Closures say `#[inline(always)]`: one that is not inlined is compiled for no
@@ -213,7 +214,7 @@ fn block<const H: usize, const S: usize, E: KvElement, L: Lanes>(
     head_dim: usize,
     seen: Range<usize>,
     parts: &mut [f32],
-) {
+) -> usize {
     let n = seen.end;
     let width = block_width(head_dim);
     let scale = score_scale(head_dim);
@@ -247,6 +248,7 @@ fn block<const H: usize, const S: usize, E: KvElement, L: Lanes>(
         );
         g += 1;
     }
+    H
 }
 
 /// Puts the lanes of `tile` that are dimensions, from `first` on, to each head's
