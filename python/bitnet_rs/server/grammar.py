@@ -778,9 +778,9 @@ def _apply(mask: NDArray[np.uint8], logits: NDArray[np.float32]) -> None:
     logits[n:] = -np.inf
 
 
-def _too_complex(matcher: LLMatcher) -> RuntimeError:
+def _too_complex(matcher: LLMatcher) -> ValueError:
     """The error for a grammar that compiles, and then cannot be followed within the limits."""
-    return RuntimeError(f"the grammar is too complex: {_reason(matcher.get_error())}")
+    return ValueError(f"the grammar is too complex: {_reason(matcher.get_error())}")
 
 
 def _reason(message: str) -> str:
