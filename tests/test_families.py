@@ -159,7 +159,8 @@ def test_sequences_that_threads_take_apart_change_no_bit(
         assert ids is None or ids.tolist() == order.tolist()
         assert logits.tobytes() == full[order].tobytes()
     # Threads that share no step are busy all the time.
-    [(wall, busy)] = [lap[2:] for lap in core.profile(False) if lap[0] == "down"]
+    [(count, wall, busy)] = [lap[1:] for lap in core.profile(False) if lap[0] == "down"]
+    assert count == core.facts["n_layers"]
     assert busy / wall == pytest.approx(threads, rel=0.01)
     assert [len(c) for c in caches] == [len(p) for p in prompts]
     for cache in caches:

@@ -60,10 +60,9 @@ pub(super) fn run(
     team.for_each(&mut parts, |Part { machine, batch, wanted, logits }| {
         *logits = machine.team.run(|| frame::run(model, machine, batch, *wanted)).flatten();
     });
+    team.add_profiles(parts.iter().map(|part| &part.machine.team));
     let mut all = Logits::default();
-    let n = parts.len();
-    for Part { machine, logits, .. } in parts {
-        team.add_profile(&machine.team, n);
+    for Part { logits, .. } in parts {
         let Logits { rows, top, hidden } = logits?;
         all.rows.extend(rows);
         all.top.extend(top);

@@ -140,10 +140,10 @@ impl Team {
         self.profile.switch(on)
     }
 
-    /// Counts what was measured with `part`, one of `parts` that computed side by side, each
+    /// Counts what was measured with `parts` that computed side by side, each
     /// [alone](Team::alone): their average as time on the clock, their sum as time in tasks.
-    pub fn add_profile(&self, part: &Team, parts: usize) {
-        self.profile.add(part.profile.switch(false), parts);
+    pub fn add_profiles<'a>(&self, parts: impl Iterator<Item = &'a Team>) {
+        self.profile.add(parts.map(|part| part.profile.switch(false)).collect());
     }
 
     /// Counts the time since the last lap of this pass as `name`'s, if it is

@@ -80,17 +80,20 @@ impl Profile {
         laps.count(&Lap { name, count: 1, wall_ns, busy_ns });
     }
 
-    /// Counts laps of one of `parts` threads that each computed alone; the last lap of the
-    /// pass is then now.
-    pub(super) fn add(&self, laps: Vec<Lap>, parts: usize) {
+    /// Counts the laps of threads that each computed alone, side by side; the last lap of
+    /// the pass is then now.
+    pub(super) fn add(&self, parts: Vec<Vec<Lap>>) {
         if !self.is_on() {
             return;
         }
         let mut all = self.laps.lock().unwrap_or_else(PoisonError::into_inner);
-        let parts = parts as u64;
-        for lap in laps {
-            let (count, wall_ns, busy_ns) = (lap.count / parts, lap.wall_ns / parts, lap.wall_ns);
-            all.count(&Lap { count, wall_ns, busy_ns, ..lap });
+        let n = parts.len() as u64;
+        for (i, laps) in parts.into_iter().enumerate() {
+            for lap in laps {
+                let count = if i == 0 { lap.count } else { 0 };
+                let (wall_ns, busy_ns) = (lap.wall_ns / n, lap.wall_ns);
+                all.count(&Lap { count, wall_ns, busy_ns, ..lap });
+            }
         }
         all.last = Instant::now();
         self.busy_ns.store(0, Ordering::Relaxed);
